@@ -1,0 +1,438 @@
+"""The whole configuration schema, validated before anything heavy is imported.
+
+A config is a YAML file plus ``key.sub=value`` overrides. Every field carries its unit in its name, its bounds
+in its type and one line of documentation; every rule that spans fields is one named validator in
+``CROSS_FIELD_RULES``. Functions elsewhere receive the *section* they use, never the whole config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(Exception):
+    """A config that cannot be used: the message names file, key, value and what is allowed."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ArchitectureConfig(Section):
+    """A Llama-style decoder built from scratch."""
+
+    hidden_size: PositiveInt = Field(192, description="H, width of the residual stream")
+    intermediate_size: PositiveInt = Field(512, description="width of the gated MLP")
+    num_layers: int = Field(4, ge=2, description="L, decoder blocks; the middle state is that of layer L // 2")
+    num_attention_heads: PositiveInt = Field(4, description="query heads")
+    num_key_value_heads: PositiveInt = Field(4, description="key/value heads; fewer than query heads = GQA")
+    max_position_embeddings: PositiveInt = Field(512, description="context length in tokens")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
+    tie_word_embeddings: bool = Field(True, description="input embedding = output projection")
+
+
+class ModelConfig(Section):
+    """The trunk: from scratch, or any transformers causal language model."""
+
+    name_or_path: str | None = Field(None, description="pretrained model folder or hub name; null = from scratch")
+    architecture: ArchitectureConfig = Field(ArchitectureConfig(), description="used when name_or_path is null")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the trunk; heads and losses are always float32")
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = Field("auto", description="auto = flash-attn if importable and on CUDA, else SDPA")
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    logprob_chunk_tokens: PositiveInt = Field(1024, description="tokens whose logits exist at the same time")
+
+
+class SourceConfig(Section):
+    """One source of documents."""
+
+    kind: Literal["python_docs", "text", "jsonl", "parquet", "dataset"] = Field("python_docs", description="where documents come from")
+    path: str | None = Field(None, description="file or folder (text, jsonl, parquet)")
+    name: str | None = Field(None, description="`datasets` name or folder (dataset)")
+    subset: str | None = Field(None, description="`datasets` configuration name (dataset)")
+    split: str = Field("train", description="`datasets` split (dataset)")
+    streaming: bool = Field(False, description="read without downloading all of it (dataset)")
+    text_field: str = Field("text", description="field that holds the text (jsonl, parquet, dataset)")
+    weight: float = Field(1.0, gt=0, description="share of rows, relative to the other sources")
+
+
+class TrainTokenizerConfig(Section):
+    vocab_size: int = Field(2048, ge=260, le=1_000_000, description="tokens of the byte-level BPE, special ones included")
+
+
+class TokenizerConfig(Section):
+    path: str | None = Field(None, description="transformers tokenizer folder or hub name")
+    train: TrainTokenizerConfig | None = Field(None, description="train a byte-level BPE at first use, kept in the run folder")
+
+
+class DataConfig(Section):
+    sources: list[SourceConfig] = Field([SourceConfig()], min_length=1, description="mixed by weight, row by row")
+    tokenizer: TokenizerConfig = Field(TokenizerConfig(train=TrainTokenizerConfig()), description="either path or train")
+    sequence_length: int = Field(128, ge=8, description="T, tokens per packed row, of corpus and of rollouts")
+    heldout_fraction: float = Field(0.02, gt=0.0, le=0.5, description="share of documents, by document hash, never trained on")
+    max_heldout_rows: PositiveInt = Field(64, description="rows of the held-out split used by an evaluation")
+    max_documents: PositiveInt | None = Field(None, description="read at most this many documents per source")
+    shuffle_buffer_documents: PositiveInt = Field(10_000, description="shuffle window of streaming sources")
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"] = Field("hf", description="what decodes: hf = transformers with a KV cache")
+    workers: PositiveInt = Field(1, description="rollout actors")
+    gpus_per_worker: int = Field(0, ge=0, description="GPUs of each rollout actor; 0 = CPU")
+    threads_per_worker: PositiveInt = Field(1, description="CPU threads of each rollout actor")
+    prompts_per_step: PositiveInt = Field(4, description="P, prompts (= groups) per training step, over all ranks")
+    responses_per_prompt: int = Field(8, ge=2, le=1024, description="G, responses per prompt")
+    groups_per_lease: PositiveInt | None = Field(None, description="consecutive groups in one engine call; null = P / workers")
+    min_prompt_tokens: PositiveInt = Field(8, description="shortest prompt, in tokens")
+    max_prompt_tokens: PositiveInt = Field(24, description="longest prompt, in tokens")
+    prompt_file: str | None = Field(None, description="prompts, one per line (.txt) or {\"prompt\": …} per line (.jsonl); null = prefixes of training documents")
+    max_new_tokens: PositiveInt = Field(32, description="longest response, in tokens, end-of-text included")
+    temperature: float = Field(1.0, gt=0.0, le=10.0, description="sampling temperature")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus sampling; 1 = off")
+    top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 = off")
+    min_p: float = Field(0.0, ge=0.0, lt=1.0, description="keep tokens with p ≥ min_p · max p; 0 = off")
+    max_policy_age: int = Field(0, ge=0, le=1024, description="steps a rollout's weights may lag behind; 0 = synchronous")
+    timeout_seconds: float = Field(600.0, gt=0, description="longest wait for rollouts, publishing or a worker's start")
+
+
+class EvaluatorConfig(Section):
+    embedding: Literal["learned", "raw"] = Field("learned", description="learned = projection of centred middle states; raw = mean of final states (the paper)")
+    embedding_size: PositiveInt = Field(256, description="D, size of a response embedding")
+    uncertainty_weight: float = Field(0.5, ge=0.0, le=1.0, description="λ of equation 7")
+    omega_floor: float = Field(0.05, ge=0.0, le=1 / 3, description="smallest weight ω of each self-reward term")
+    principles: list[Literal["relevance", "non_repetition", "completeness", "fluency"]] = Field(
+        ["relevance", "non_repetition", "completeness", "fluency"], min_length=1, description="behavioural principles (equation 9)")
+    trust: Literal["earned", "always"] = Field("earned", description="earned = τ follows agreement with the intrinsic reward; always = τ is 1")
+    trust_decay: Fraction = Field(0.95, description="decay per step of ρ̄")
+    warmup_rho: float = Field(0.3, ge=-1.0, le=1.0, description="ρ̄ that ends the evaluator warm-up once held")
+    warmup_hold_steps: PositiveInt = Field(20, description="consecutive steps ρ̄ must hold warmup_rho")
+    max_warmup_steps: int = Field(200, ge=0, description="β is 0 for at most this many steps")
+    running_mean_decay: float = Field(0.99, ge=0.0, lt=1.0, description="decay per step of the running means (centre of states, meta features)")
+
+
+class ObjectiveConfig(Section):
+    alpha: float = Field(0.5, ge=0, description="α, weight of the language-model loss")
+    beta: float = Field(0.4, ge=0, description="β, weight of the self-alignment loss")
+    gamma: float = Field(0.1, ge=0, description="γ, weight of the meta-reward loss")
+    advantage: Literal["none", "group_mean", "group_norm", "leave_one_out"] = Field("group_norm", description="from R_used; none = the paper's A = R")
+    phi_self_align: Literal["centred", "paper", "off"] = Field("centred", description="φ's part of the self-alignment loss")
+    importance: Literal["token", "sequence", "none"] = Field("token", description="off-policy correction w")
+    importance_cap: float = Field(2.0, ge=1.0, description="upper bound of w")
+    embedding_loss_weight: float = Field(1.0, ge=0, description="head loss: cosine of siblings against their token F1")
+    indicator_loss_weight: float = Field(1.0, ge=0, description="head loss: consistency indicator against token F1")
+    principle_loss_weight: float = Field(1.0, ge=0, description="head loss: each BehaviorScore against its signal")
+
+
+class OptimizerConfig(Section):
+    lr_psi: float = Field(2e-4, ge=0, description="η_ψ, peak learning rate of the generator")
+    lr_phi: float = Field(1e-4, ge=0, description="η_φ, peak learning rate of the evaluator heads")
+    lr_xi: float = Field(5e-5, ge=0, description="η_ξ, peak learning rate of the meta-optimizer")
+    schedule: Literal["cosine", "robbins_monro", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_steps: int = Field(2000, ge=0, description="linear warm-up")
+    final_fraction: Fraction = Field(0.1, description="cosine ends at this share of the peak")
+    robbins_monro_t0: float = Field(1000.0, gt=0, description="t₀ of η₀ / (1 + t/t₀)^p, in steps")
+    robbins_monro_power: float = Field(0.6, gt=0.5, le=1.0, description="p of η₀ / (1 + t/t₀)^p (Theorem 1)")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β₁")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW β₂")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW ε")
+    weight_decay: float = Field(0.1, ge=0, description="on ψ's matrices only")
+    clip_norm: float = Field(1.0, ge=0, description="gradient norm bound of ψ, φ and ξ, each on its own; 0 = off")
+
+
+class TrainConfig(Section):
+    ranks: PositiveInt = Field(1, description="trainer processes on this machine when train.gpus is 0")
+    gpus: int = Field(0, ge=0, description="GPUs for trainer ranks, one each; 0 = CPU")
+    threads_per_rank: PositiveInt = Field(1, description="CPU threads of each rank")
+    steps: PositiveInt = Field(400_000, description="optimizer steps")
+    corpus_rows_per_step: PositiveInt = Field(16, description="packed corpus rows per step, over all ranks")
+    accumulation_steps: PositiveInt = Field(1, description="micro-batches per rank and step")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage")
+    zero_sub_group_size: PositiveInt = Field(1_000_000_000, description="parameters per ZeRO-3 optimizer sub-group")
+    zero_persistence_threshold: int = Field(100_000, ge=0, description="ZeRO-3 keeps parameters below this size gathered")
+    offload_optimizer: bool = Field(False, description="optimizer states in host memory (DeepSpeedCPUAdam)")
+    eval_every_steps: PositiveInt = Field(1000, description="held-out perplexity before step 1, every N steps and at the end")
+    collective_timeout_seconds: float = Field(600.0, gt=0, description="longest wait in a collective")
+
+
+class MetricsConfig(Section):
+    samples_every_steps: PositiveInt = Field(100, description="write a few groups to samples.jsonl every N steps")
+    sample_groups: PositiveInt = Field(2, description="groups per sample, at most")
+
+
+class Config(Section):
+    method: Literal["asa"] = Field("asa", description="training method")
+    seed: int = Field(0, ge=0, lt=2**31, description="of every random choice")
+    model: ModelConfig = Field(ModelConfig(), description="trunk")
+    data: DataConfig = Field(DataConfig(), description="corpus and tokenizer")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="generation")
+    evaluator: EvaluatorConfig = Field(EvaluatorConfig(), description="heads, rewards, trust")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
+    train: TrainConfig = Field(TrainConfig(), description="process layout and length")
+    metrics: MetricsConfig = Field(MetricsConfig(), description="what is written")
+
+    @property
+    def num_ranks(self) -> int:
+        return self.train.gpus or self.train.ranks
+
+    @property
+    def groups_per_lease(self) -> int:
+        return self.rollout.groups_per_lease or self.rollout.prompts_per_step // self.rollout.workers
+
+
+# --- rules that span fields ------------------------------------------------------------------------------------
+# Each takes the config and yields (key, value, what is allowed).
+Problem = tuple[str, Any, str]
+
+
+def _rule_one_tokenizer(config: Config) -> list[Problem]:
+    tokenizer = config.data.tokenizer
+    if (tokenizer.path is None) == (tokenizer.train is None):
+        return [("data.tokenizer", tokenizer.model_dump(), "give either path or train, not both and not neither")]
+    return []
+
+
+def _rule_pretrained_brings_its_tokenizer(config: Config) -> list[Problem]:
+    if config.model.name_or_path is not None and config.data.tokenizer.train is not None:
+        return [("data.tokenizer.train", config.data.tokenizer.train.model_dump(),
+                 "a pretrained model needs the tokenizer it was trained with: set data.tokenizer.path and data.tokenizer.train=null")]
+    return []
+
+
+def _rule_sources_have_a_location(config: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    for index, source in enumerate(config.data.sources):
+        key = f"data.sources.{index}"
+        if source.kind in ("text", "jsonl", "parquet") and source.path is None:
+            problems.append((f"{key}.path", None, f"a {source.kind} source needs a file or folder"))
+        if source.kind == "dataset" and source.name is None:
+            problems.append((f"{key}.name", None, "a dataset source needs a `datasets` name or folder"))
+        if source.streaming and source.kind != "dataset":
+            problems.append((f"{key}.streaming", True, "only kind: dataset can stream"))
+    return problems
+
+
+def _rule_files_exist(config: Config) -> list[Problem]:
+    named = [(f"data.sources.{i}.path", source.path) for i, source in enumerate(config.data.sources)]
+    named.append(("rollout.prompt_file", config.rollout.prompt_file))
+    problems: list[Problem] = [(key, path, "no such file or folder") for key, path in named
+                               if path is not None and not Path(path).expanduser().exists()]
+    for key, name in (("model.name_or_path", config.model.name_or_path), ("data.tokenizer.path", config.data.tokenizer.path)):
+        looks_local = name is not None and (name.startswith(("/", ".", "~")) or name.count("/") > 1)
+        if looks_local and not Path(str(name)).expanduser().is_dir():
+            problems.append((key, name, "no such folder (a hub name has the form owner/name)"))
+    return problems
+
+
+def _rule_heads_divide_width(config: Config) -> list[Problem]:
+    arch = config.model.architecture
+    problems: list[Problem] = []
+    if arch.hidden_size % (2 * arch.num_attention_heads):
+        problems.append(("model.architecture.num_attention_heads", arch.num_attention_heads,
+                         f"hidden_size {arch.hidden_size} must be a multiple of twice this (heads of even width)"))
+    if arch.num_attention_heads % arch.num_key_value_heads:
+        problems.append(("model.architecture.num_key_value_heads", arch.num_key_value_heads,
+                         f"must divide num_attention_heads {arch.num_attention_heads}"))
+    return problems
+
+
+def _rule_batches_divide(config: Config) -> list[Problem]:
+    num_microbatches = config.num_ranks * config.train.accumulation_steps
+    shape = f"{config.num_ranks} ranks x {config.train.accumulation_steps} accumulation steps = {num_microbatches}"
+    problems: list[Problem] = []
+    if config.rollout.prompts_per_step % num_microbatches:
+        problems.append(("rollout.prompts_per_step", config.rollout.prompts_per_step,
+                         f"a group is never split over ranks or micro-batches: must be a multiple of {shape}"))
+    if config.train.corpus_rows_per_step % num_microbatches:
+        problems.append(("train.corpus_rows_per_step", config.train.corpus_rows_per_step, f"must be a multiple of {shape}"))
+    return problems
+
+
+def _rule_leases_divide(config: Config) -> list[Problem]:
+    rollout = config.rollout
+    if rollout.groups_per_lease is None and rollout.prompts_per_step % rollout.workers:
+        return [("rollout.workers", rollout.workers,
+                 f"must divide rollout.prompts_per_step {rollout.prompts_per_step}, or set rollout.groups_per_lease")]
+    if rollout.prompts_per_step % config.groups_per_lease:
+        return [("rollout.groups_per_lease", rollout.groups_per_lease,
+                 f"must divide rollout.prompts_per_step {rollout.prompts_per_step}")]
+    return []
+
+
+def _rule_prompt_lengths(config: Config) -> list[Problem]:
+    rollout = config.rollout
+    if rollout.min_prompt_tokens > rollout.max_prompt_tokens:
+        return [("rollout.min_prompt_tokens", rollout.min_prompt_tokens,
+                 f"must be at most rollout.max_prompt_tokens {rollout.max_prompt_tokens}")]
+    return []
+
+
+def _rule_context(config: Config) -> list[Problem]:
+    rollout, length = config.rollout, config.data.sequence_length
+    problems: list[Problem] = []
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if longest > length:
+        problems.append(("rollout.max_new_tokens", rollout.max_new_tokens,
+                         f"prompt + response = {longest} tokens must fit a row: at most data.sequence_length {length}"))
+    if config.model.name_or_path is None and length > config.model.architecture.max_position_embeddings:
+        problems.append(("data.sequence_length", length,
+                         f"at most model.architecture.max_position_embeddings {config.model.architecture.max_position_embeddings}"))
+    return problems
+
+
+def _rule_devices(config: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    if config.model.attention == "flash_attention_2" and (config.train.gpus == 0 or config.model.dtype != "bfloat16"):
+        problems.append(("model.attention", "flash_attention_2", "needs train.gpus ≥ 1 and model.dtype bfloat16; auto picks what fits"))
+    if config.train.offload_optimizer and config.train.zero_stage == 0:
+        problems.append(("train.offload_optimizer", True, "needs train.zero_stage ≥ 1"))
+    if config.train.gpus and config.train.ranks not in (1, config.train.gpus):
+        problems.append(("train.ranks", config.train.ranks, f"one rank per GPU: leave it out, or {config.train.gpus}"))
+    return problems
+
+
+def _rule_raw_embedding(config: Config) -> list[Problem]:
+    if config.evaluator.embedding == "raw" and config.objective.embedding_loss_weight > 0:
+        return [("objective.embedding_loss_weight", config.objective.embedding_loss_weight,
+                 "must be 0 with evaluator.embedding raw: there is no projection to train")]
+    return []
+
+
+def _rule_distinct_principles(config: Config) -> list[Problem]:
+    names = config.evaluator.principles
+    return [("evaluator.principles", names, "each at most once")] if len(set(names)) < len(names) else []
+
+
+CROSS_FIELD_RULES: tuple[Callable[[Config], list[Problem]], ...] = (
+    _rule_one_tokenizer, _rule_pretrained_brings_its_tokenizer, _rule_sources_have_a_location, _rule_files_exist,
+    _rule_heads_divide_width, _rule_batches_divide, _rule_leases_divide, _rule_prompt_lengths, _rule_context,
+    _rule_devices, _rule_raw_embedding, _rule_distinct_principles,
+)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+class _Loader(yaml.SafeLoader):
+    """safe_load with two mends: ``2e-4`` is a number (YAML 1.2), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"override {override!r}: write key.sub=value")
+    parts = key.strip().split(".")
+    node: Any = tree
+    for part in parts[:-1]:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override {override!r}: {part!r} is not an index of a list of {len(node)}")
+            node = node[int(part)]
+            continue
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {override!r}: {part!r} has no sub-keys")
+    value = _parse_yaml(text, f"override {override!r}")
+    if isinstance(node, list):
+        if not parts[-1].isdigit() or int(parts[-1]) >= len(node):
+            raise ConfigError(f"override {override!r}: {parts[-1]!r} is not an index of a list of {len(node)}")
+        node[int(parts[-1])] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _section_at(location: Sequence[str | int]) -> type[BaseModel] | None:
+    """The schema class that owns the last key of ``location``."""
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return None
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if found is None:
+            return None
+        section = found
+    return section
+
+
+def _readable(error: Any, origin: str) -> str:
+    location = error["loc"]
+    key = ".".join(str(part) for part in location) or "(top level)"
+    if error["type"] == "extra_forbidden":
+        section = _section_at(location)
+        known = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{origin}: unknown key {key!r}; {hint}"
+    return f"{origin}: {key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def build_config(tree: dict[str, Any], origin: str) -> Config:
+    """Validates a plain tree. Raises :class:`ConfigError` with one line per problem."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_readable(e, origin) for e in error.errors())) from None
+    problems = [problem for rule in CROSS_FIELD_RULES for problem in rule(config)]
+    if problems:
+        raise ConfigError("\n".join(f"{origin}: {key} = {value!r}: {allowed}" for key, value, allowed in problems))
+    return config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads and validates a YAML file plus overrides.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, out of range, or fields that contradict each other.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{path}: cannot read the config: {reason}") from None
+    tree = _parse_yaml(text, str(path))
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping of sections, not {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    origin = str(path) + (" + overrides" if overrides else "")
+    return build_config(tree, origin)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; ``load_config`` reads it back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

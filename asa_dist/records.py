@@ -1,0 +1,92 @@
+"""What crosses a process boundary: small frozen records, no behaviour beyond their own consistency.
+
+Shapes: T tokens of one response, N tokens of one prompt. Token ids are int32, log-probabilities float32.
+A *policy version* v is the weights after v optimizer steps; step s (counted from 0) trains version s into s + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of the rollout stream; ``(epoch, prompt_id)`` also keys its sampling noise."""
+
+    prompt_id: int
+    epoch: int
+    token_ids: np.ndarray  # int32 [N], N ≥ 1
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled continuation. ``token_ids`` ends with end-of-text if ``finished``; it may be empty."""
+
+    token_ids: np.ndarray  # int32 [T]
+    logprob_T: np.ndarray  # float32, at temperature 1
+    behaviour_logprob_T: np.ndarray  # float32, at the sampling temperature, before truncation (top-p, top-k, min-p)
+    finished: bool  # end-of-text was sampled; False = cut off at max_new_tokens
+    spans: tuple[tuple[int, int], ...]  # (first token, policy version), ascending: weights may change in flight
+
+    @property
+    def oldest_version(self) -> int:
+        return min(version for _, version in self.spans)
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """G responses to one prompt, the unit of scoring: never split over ranks or micro-batches."""
+
+    step: int  # the step that trains on it
+    index: int  # place in the step's global batch, 0 … P − 1
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+    @property
+    def oldest_version(self) -> int:
+        return min(response.oldest_version for response in self.responses)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A fixed bundle of consecutive groups handed to one worker: one engine call, the same after every reissue."""
+
+    lease_id: int
+    step: int
+    first_index: int
+    prompts: tuple[Prompt, ...]
+    min_version: int  # oldest policy version that may serve it
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One published tensor, under its transformers name."""
+
+    name: str
+    shape: tuple[int, ...]
+    shard_numel: int  # elements of one rank's shard: ceil(numel / number of ranks); the last shards are padded
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One rank's shard: its pieces of every tensor, concatenated in manifest order."""
+
+    rank: int
+    num_bytes: int
+    checksum: str  # xxh3_128, hexadecimal
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """Completes a policy version: with it, and the shards it names, the version can be served."""
+
+    version: int
+    dtype: str  # "float32" | "bfloat16"
+    tensors: tuple[TensorSpec, ...]
+    shards: tuple[ShardRecord, ...]  # one per rank, in rank order
