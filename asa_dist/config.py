@@ -410,12 +410,8 @@ def build_config(tree: dict[str, Any], origin: str) -> Config:
     return config
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads and validates a YAML file plus overrides.
-
-    Raises:
-        ConfigError: unreadable file, unknown key, wrong type, out of range, or fields that contradict each other.
-    """
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain tree of a YAML file plus overrides, not yet validated. Raises :class:`ConfigError` if unreadable."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -429,8 +425,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: the top level must be a mapping of sections, not {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    origin = str(path) + (" + overrides" if overrides else "")
-    return build_config(tree, origin)
+    return tree
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads and validates a YAML file plus overrides.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, out of range, or fields that contradict each other.
+    """
+    return build_config(read_tree(path, overrides), str(path) + (" + overrides" if overrides else ""))
 
 
 def dump_config(config: Config) -> str:

@@ -1,0 +1,33 @@
+# Every target installs what it needs into .venv first; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+OVERRIDES ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(INSTALLED)  ## train on two CPU cores, about ten minutes; RUN_DIR=folder OVERRIDES="key.sub=value …"
+	$(VENV)/bin/asa train configs/quickstart.yaml $(OVERRIDES) --run-dir $(RUN_DIR)
+
+test: $(INSTALLED)  ## all tests; PYTEST_ADDOPTS="-k trust" selects
+	$(VENV)/bin/python -m pytest --durations=10
+
+lint: $(INSTALLED)  ## style, types, layers
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy asa_dist kernels/asa_kernels
+	$(VENV)/bin/lint-imports
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	find asa_dist kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last: an interrupted install is taken up again.
+$(INSTALLED): setup.py constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

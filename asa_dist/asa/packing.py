@@ -1,0 +1,229 @@
+"""Packs rollouts into rows of the corpus length and marks, token by token, what each position is for.
+
+Every sequence is prompt + response; several share a row, as segments that do not attend to each other. Padding short
+responses beside long corpus rows would waste the step.
+
+Two readings of "response": its *tokens* include a final end-of-text (log-probabilities, entropy, pooled embedding);
+its *content* does not (emptiness, token overlap, n-grams, claims).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asa_dist.records import Response, RolloutGroup
+
+IGNORED = -100  # target of a position that predicts nothing
+MIN_CLAIM_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class TextTables:
+    """What a token id means as text, [V] booleans."""
+
+    claim_end_V: np.ndarray  # a claim ends after this token: . ! ? ; or newline
+    sentence_end_V: np.ndarray  # its last visible character is . ! ?
+    blank_V: np.ndarray  # no visible character
+
+
+@dataclass(frozen=True)
+class _TensorRecord:
+    def to(self, device: torch.device) -> Self:
+        """The same record with every tensor on ``device``."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device) if isinstance(value, Tensor | _TensorRecord) else value
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class GroupTensors(_TensorRecord):
+    """P groups of G responses, flattened to S = P·G where marked; N counts all tokens of the micro-batch's rows."""
+
+    num_groups: int
+    group_size: int
+    num_claims: int
+    predicts_N: Tensor  # int64: response whose token this position predicts, −1 = none
+    response_N: Tensor  # int64: response this token belongs to, −1 = none
+    prompt_N: Tensor  # int64: response before which this prompt token stands, −1 = none
+    claim_N: Tensor  # int64: claim this token belongs to, −1 = none
+    claim_response_C: Tensor  # int64: response of each claim; claims of a response are consecutive
+    claim_is_real_C: Tensor  # bool: False = the whole response standing in for missing claims
+    behaviour_logprob_N: Tensor  # float32, at predicting positions, at the sampling temperature; 0 elsewhere
+    sampled_logprob_N: Tensor  # float32, the same at temperature 1
+    content_PGT: Tensor  # int64, token ids, padded
+    content_length_PG: Tensor  # int64
+    length_PG: Tensor  # int64, tokens, end-of-text included
+    finished_PG: Tensor  # bool
+    ends_sentence_PG: Tensor  # bool: finished, and the last visible character is . ! ?
+    prompt_id_P: Tensor  # int64
+    age_P: Tensor  # float32, steps between the oldest weights used and the ones trained
+
+
+@dataclass(frozen=True)
+class MicroBatch(_TensorRecord):
+    """Everything one forward needs: corpus rows first, rollout rows after them."""
+
+    input_ids_RT: Tensor  # int64
+    position_ids_RT: Tensor  # int64, restart at every segment
+    segment_RT: Tensor  # int64, attention stays within equal numbers; −1 = padding
+    target_RT: Tensor  # int64, next token to predict, IGNORED = none
+    is_corpus_RT: Tensor  # bool
+    groups: GroupTensors | None  # None: corpus only (evaluation)
+
+
+def content_of(response: Response) -> np.ndarray:
+    """Token ids without the final end-of-text."""
+    return response.token_ids[:-1] if response.finished else response.token_ids
+
+
+def claim_spans(content: np.ndarray, claim_end_V: np.ndarray) -> list[tuple[int, int]]:
+    """(start, end) of each claim in ``content``; empty list when there is no span of MIN_CLAIM_TOKENS.
+
+    A short span joins the one before it (the first one joins the one after); text after the last end is no claim.
+    """
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for end in (np.flatnonzero(claim_end_V[content]) + 1).tolist():
+        if end - start >= MIN_CLAIM_TOKENS:
+            spans.append((start, end))
+        elif spans:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            continue  # a short first span: its start is kept, so that it joins the next one
+        start = end
+    return spans
+
+
+def _ends_sentence(response: Response, tables: TextTables) -> bool:
+    visible = content_of(response)
+    visible = visible[~tables.blank_V[visible]]
+    return bool(response.finished and len(visible) and tables.sentence_end_V[visible[-1]])
+
+
+def _assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """First-fit decreasing: sequence indices of each row."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((r for r, room in enumerate(free) if room >= lengths[index]), None)
+        if place is None:
+            place = len(rows)
+            rows.append([])
+            free.append(row_length)
+        rows[place].append(index)
+        free[place] -= lengths[index]
+    return rows
+
+
+def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTables, version: int) -> MicroBatch:
+    """Rollout rows alone, as a MicroBatch without corpus rows.
+
+    Args:
+        groups: P ≥ 1 groups of equal size, each prompt + response at most ``row_length`` tokens.
+        version: the policy version being trained, for the age of each group.
+
+    Raises:
+        ValueError: groups of unequal size, or a sequence longer than a row.
+    """
+    group_size = len(groups[0].responses)
+    pairs = [(group.prompt.token_ids, response) for group in groups for response in group.responses]
+    if any(len(group.responses) != group_size for group in groups):
+        raise ValueError(f"groups of unequal size: {[len(group.responses) for group in groups]}")
+    lengths = [len(prompt) + len(response.token_ids) for prompt, response in pairs]
+    if max(lengths) > row_length:
+        raise ValueError(f"a rollout of {max(lengths)} tokens does not fit a row of {row_length}")
+
+    rows = _assign_rows(lengths, row_length)
+    shape = (len(rows), row_length)
+    marks = {name: np.full(shape, fill, dtype=np.int64) for name, fill in (
+        ("input_ids", 0), ("position_ids", 0), ("segment", -1), ("target", IGNORED),
+        ("predicts", -1), ("response", -1), ("prompt", -1), ("claim", -1))}
+    behaviour = np.zeros(shape, dtype=np.float32)
+    sampled = np.zeros(shape, dtype=np.float32)
+    claims = [claim_spans(content_of(response), tables.claim_end_V) for _, response in pairs]
+    real = [bool(spans) for spans in claims]
+    spans_of = [spans or ([(0, len(content_of(r)))] if len(content_of(r)) else [])
+                for spans, (_, r) in zip(claims, pairs, strict=True)]
+    first_claim = np.cumsum([0] + [len(spans) for spans in spans_of])
+
+    for row, members in enumerate(rows):
+        offset = 0
+        for segment, index in enumerate(members):
+            prompt, response = pairs[index]
+            begin, end = offset + len(prompt), offset + lengths[index]
+            here = (row, slice(offset, end))
+            marks["input_ids"][here] = np.concatenate([prompt, response.token_ids])
+            marks["position_ids"][here] = np.arange(lengths[index])
+            marks["segment"][here] = segment
+            marks["prompt"][row, offset:begin] = index
+            marks["response"][row, begin:end] = index
+            predicting = (row, slice(begin - 1, end - 1))
+            marks["target"][predicting] = response.token_ids
+            marks["predicts"][predicting] = index
+            behaviour[predicting] = response.behaviour_logprob_T
+            sampled[predicting] = response.logprob_T
+            for number, (start, stop) in enumerate(spans_of[index]):
+                marks["claim"][row, begin + start:begin + stop] = first_claim[index] + number
+            offset = end
+
+    claim_response = np.repeat(np.arange(len(pairs)), [len(spans) for spans in spans_of])
+    contents = [content_of(response) for _, response in pairs]
+    padded = np.zeros((len(pairs), max(1, max(map(len, contents)))), dtype=np.int64)
+    for index, content in enumerate(contents):
+        padded[index, :len(content)] = content
+
+    def per_response(values: Sequence[int | bool]) -> Tensor:
+        return torch.tensor(values).view(len(groups), group_size)
+
+    tensors = GroupTensors(
+        num_groups=len(groups), group_size=group_size, num_claims=len(claim_response),
+        predicts_N=torch.from_numpy(marks["predicts"]).flatten(), response_N=torch.from_numpy(marks["response"]).flatten(),
+        prompt_N=torch.from_numpy(marks["prompt"]).flatten(), claim_N=torch.from_numpy(marks["claim"]).flatten(),
+        claim_response_C=torch.from_numpy(claim_response),
+        claim_is_real_C=torch.tensor([real[index] for index in claim_response], dtype=torch.bool),
+        behaviour_logprob_N=torch.from_numpy(behaviour).flatten(), sampled_logprob_N=torch.from_numpy(sampled).flatten(),
+        content_PGT=torch.from_numpy(padded).view(len(groups), group_size, -1),
+        content_length_PG=per_response([len(content) for content in contents]),
+        length_PG=per_response([len(response.token_ids) for _, response in pairs]),
+        finished_PG=per_response([response.finished for _, response in pairs]),
+        ends_sentence_PG=per_response([_ends_sentence(response, tables) for _, response in pairs]),
+        prompt_id_P=torch.tensor([group.prompt.prompt_id for group in groups]),
+        age_P=torch.tensor([float(version - group.oldest_version) for group in groups]),
+    )
+    return MicroBatch(
+        input_ids_RT=torch.from_numpy(marks["input_ids"]), position_ids_RT=torch.from_numpy(marks["position_ids"]),
+        segment_RT=torch.from_numpy(marks["segment"]), target_RT=torch.from_numpy(marks["target"]),
+        is_corpus_RT=torch.zeros(shape, dtype=torch.bool), groups=tensors)
+
+
+def corpus_batch(input_ids_RT: Tensor, position_ids_RT: Tensor, segment_RT: Tensor, target_RT: Tensor) -> MicroBatch:
+    """Corpus rows alone."""
+    return MicroBatch(input_ids_RT, position_ids_RT, segment_RT, target_RT,
+                      is_corpus_RT=torch.ones_like(input_ids_RT, dtype=torch.bool), groups=None)
+
+
+def join(corpus: MicroBatch, rollouts: MicroBatch) -> MicroBatch:
+    """Corpus rows followed by rollout rows, in one batch."""
+    groups = rollouts.groups
+    if groups is None or corpus.groups is not None:
+        raise ValueError("join takes corpus rows first and rollout rows second")
+    num_corpus_tokens = corpus.input_ids_RT.numel()
+
+    def shifted(values_N: Tensor, fill: float) -> Tensor:
+        return torch.cat([torch.full((num_corpus_tokens,), fill, dtype=values_N.dtype), values_N])
+
+    moved = {name: shifted(getattr(groups, name), fill) for name, fill in (
+        ("predicts_N", -1), ("response_N", -1), ("prompt_N", -1), ("claim_N", -1),
+        ("behaviour_logprob_N", 0.0), ("sampled_logprob_N", 0.0))}
+    rows = {name: torch.cat([getattr(corpus, name), getattr(rollouts, name)]) for name in (
+        "input_ids_RT", "position_ids_RT", "segment_RT", "target_RT", "is_corpus_RT")}
+    kept = {field.name: getattr(groups, field.name) for field in fields(groups) if field.name not in moved}
+    return MicroBatch(**rows, groups=GroupTensors(**kept, **moved))

@@ -1,0 +1,244 @@
+"""Starting and ending what rollouts run on: a local Ray, the connection to any Ray, the actors of a run.
+
+    asa train ── start_local_ray ──► ray_head (own session) ──► Ray's processes
+        │ environment of the handle
+        ├──► trainer ranks: connect(address), then a RolloutClient each
+        └──► connect(address), RolloutSystem.start ──► Coordinator, RolloutWorker × rollout.workers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from asa_dist.config import ModelConfig
+from asa_dist.rollout.calls import wait_for
+from asa_dist.rollout.coordinator import Coordinator
+from asa_dist.rollout.engine import SamplingConfig
+from asa_dist.rollout.worker import RolloutWorker
+
+COORDINATOR_NAME = "coordinator"  # within the run's namespace
+STOP_GRACE_SECONDS = 10.0
+
+
+class ClusterError(Exception):
+    """Ray cannot be started, reached or is too small; the message says what to do."""
+
+
+class RayHandle:
+    """A local Ray that this process started, and ends with :meth:`stop` (or as a context manager).
+
+    Attributes:
+        address: "127.0.0.1:port", for :func:`connect`.
+        environment: what a process needs in its environment *before* it first imports ray, in order to connect.
+            It holds the access token: pass it to child processes, do not write it anywhere.
+    """
+
+    def __init__(self, address: str, environment: dict[str, str], head: subprocess.Popen[bytes],
+                 owned_folder: Path | None) -> None:
+        self.address = address
+        self.environment = environment
+        self._head = head
+        self._owned_folder = owned_folder
+
+    def stop(self) -> None:
+        """Ends every process of this Ray, and only those; returns when they are gone. May be called again."""
+        _end_session(self._head)
+        if self._owned_folder is not None:
+            shutil.rmtree(self._owned_folder, ignore_errors=True)
+
+    def __enter__(self) -> RayHandle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def start_local_ray(num_cpus: int, num_gpus: int, object_store_bytes: int, temp_dir: Path | None = None, *,
+                    head_environment: Mapping[str, str] | None = None, timeout_seconds: float = 120.0) -> RayHandle:
+    """Starts a Ray that only this machine's loopback reaches, in a session of its own, token required.
+
+    Args:
+        num_cpus, num_gpus: what Ray may hand out to actors.
+        object_store_bytes: shared memory for weights and groups.
+        temp_dir: Ray's logs and sockets, at most about 40 characters (a socket's path is limited); None: a folder
+            that ``stop`` removes.
+        head_environment: added to Ray's own environment, e.g. CUDA_VISIBLE_DEVICES without the trainers' GPUs.
+
+    Raises:
+        ClusterError: Ray did not start; with the end of its log.
+    """
+    folder = temp_dir or Path(tempfile.mkdtemp(prefix="asa-ray-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray replaces 127.0.0.1 by the host's outside address and listens on all interfaces, unless it believes that
+        # it is on a system without clusters; this is its only switch for that, the name notwithstanding.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_bytes": object_store_bytes,
+               "temp_dir": str(folder.resolve()), "remove_temp_dir": temp_dir is None}
+    log = folder / "ray_head.log"
+    with log.open("wb") as log_file:
+        head = subprocess.Popen([sys.executable, "-m", "asa_dist.rollout.ray_head"], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=log_file, bufsize=0, start_new_session=True,
+                                env={**os.environ, **(head_environment or {}), **environment})
+    assert head.stdin is not None and head.stdout is not None
+    handle = RayHandle("", environment, head, folder if temp_dir is None else None)
+    try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: there will be no answer
+            head.stdin.write(json.dumps(options).encode() + b"\n")
+        ready, _, _ = select.select([head.stdout], [], [], timeout_seconds)
+        answer = head.stdout.readline() if ready else b""
+        if not answer:
+            what = "ended" if ready else f"did not answer within {timeout_seconds:g} s"
+            _end_session(head)  # now its log is complete
+            raise ClusterError(f"Ray did not start: its head process {what}. The end of its log:\n"
+                               + log.read_text(errors="replace")[-2000:])
+    except BaseException:
+        handle.stop()
+        raise
+    handle.address = json.loads(answer)["address"]
+    return handle
+
+
+def _end_session(head: subprocess.Popen[bytes]) -> None:
+    """Asks the head to end Ray, then ends what is left of its session, by process id."""
+    import psutil
+
+    assert head.stdin is not None and head.stdout is not None
+    head.stdin.close()
+    try:
+        head.wait(STOP_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        head.kill()
+        head.wait()
+    head.stdout.close()
+
+    def survivors() -> list[int]:
+        return [pid for pid in psutil.pids() if _session_of(pid) == head.pid]
+
+    deadline = time.monotonic() + STOP_GRACE_SECONDS
+    while left := survivors():
+        if time.monotonic() > deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):  # it may end by itself meanwhile
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def connect(address: str) -> None:
+    """Joins this process to a running Ray; it must have been started with :attr:`RayHandle.environment`, or with the
+    environment of the cluster. Leaves the process's SIGTERM handler as it was.
+
+    Raises:
+        ClusterError: nothing answers there, or it does not accept this process.
+    """
+    import ray
+
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
+    except Exception as error:
+        raise ClusterError(f"cannot connect to Ray at {address}: {error}. Is it running, and were RAY_AUTH_MODE and "
+                           "RAY_AUTH_TOKEN of this process those of the cluster before it started?") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, sigterm_handler)  # Ray takes it for itself
+
+
+def disconnect() -> None:
+    """Leaves Ray; actors and objects that this process created end. Harmless without a connection."""
+    import ray
+
+    ray.shutdown()
+
+
+class RolloutSystem:
+    """The actors of one run: a coordinator, found by the trainer ranks under the run's name, and the workers.
+
+    They belong to the process that starts them, and end with it.
+    """
+
+    def __init__(self, coordinator: Any, workers: dict[str, Any], timeout_seconds: float) -> None:
+        self._coordinator = coordinator
+        self._workers = workers
+        self._timeout_seconds = timeout_seconds
+        self._worker_of_run = {worker.run.remote(): worker_id for worker_id, worker in workers.items()}
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._report_deaths, name="rollout-deaths", daemon=True)
+        self._watcher.start()
+
+    @classmethod
+    def start(cls, run_name: str, config_folder: str, model: ModelConfig, sampling: SamplingConfig,
+              groups_per_lease: int) -> RolloutSystem:
+        """Creates the actors and returns at once; what goes wrong in them is raised by :meth:`RolloutClient.take`.
+
+        Args:
+            run_name: the Ray namespace of the run.
+            config_folder: folder with the model's transformers ``config.json``, readable on all workers' hosts.
+
+        Raises:
+            ClusterError: this Ray has too few CPUs or GPUs for the workers.
+        """
+        import ray
+
+        rollout = sampling.rollout
+        total = ray.cluster_resources()
+        for resource, per_worker in (("CPU", rollout.threads_per_worker), ("GPU", rollout.gpus_per_worker)):
+            if rollout.workers * per_worker > total.get(resource, 0):
+                raise ClusterError(f"{rollout.workers} rollout workers x {per_worker} {resource} need more than the "
+                                   f"{total.get(resource, 0):g} {resource} that Ray has: lower rollout.workers")
+        coordinator = ray.remote(Coordinator).options(
+            name=COORDINATOR_NAME, namespace=run_name, num_cpus=0).remote(rollout, groups_per_lease)
+        worker_class = ray.remote(RolloutWorker).options(
+            num_cpus=rollout.threads_per_worker, num_gpus=rollout.gpus_per_worker)
+        ids = [f"worker-{index}" for index in range(rollout.workers)]
+        workers = {i: worker_class.remote(i, coordinator, config_folder, model, sampling) for i in ids}
+        return cls(coordinator, workers, rollout.timeout_seconds)
+
+    def stop(self) -> None:
+        """Lets idle workers end by themselves, ends the others after a short grace, then the coordinator."""
+        import ray
+
+        self._stopping.set()
+        self._watcher.join()
+        wait_for(self._coordinator.stop.remote(), self._timeout_seconds, "the coordinator to stop")
+        ray.wait(list(self._worker_of_run), num_returns=len(self._worker_of_run), timeout=STOP_GRACE_SECONDS)
+        for actor in (*self._workers.values(), self._coordinator):
+            ray.kill(actor)
+
+    def _report_deaths(self) -> None:
+        """Thread: a worker process that dies without a word (out of memory, a signal) is reported as failed."""
+        import ray
+
+        running = dict(self._worker_of_run)
+        while running and not self._stopping.is_set():
+            ended, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
+            for run in ended:
+                worker_id = running.pop(run)
+                try:
+                    ray.get(run)
+                except ray.exceptions.RayError as error:
+                    self._coordinator.fail.remote(worker_id, f"its process ended: {error}")

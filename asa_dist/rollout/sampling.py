@@ -1,0 +1,106 @@
+"""The counter-based sampler: noise is a function of *which* token is drawn, never of who draws it or when.
+
+Gumbel-max: argmax_v(logit_v + g_v) with independent g_v ~ Gumbel(0, 1) is a draw from softmax(logits). Every g is
+computed from (run seed, epoch, prompt id, sibling, position, token id) by integer mixing, so there is no generator
+state to hold, ship or restore, and a row draws the same noise alone, in any batch, and on any device.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# splitmix64 (Steele, Lea, Flood 2014), its constants as signed 64-bit integers; torch.int64 products wrap.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    return (bits >> count) & ((1 << (64 - count)) - 1)  # >> of int64 keeps the sign: mask it off
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """splitmix64's finalizer: a bijection of int64 in which every input bit reaches every output bit."""
+    bits = (bits ^ _shift_right(bits, 30)) * _MULTIPLIER_1
+    bits = (bits ^ _shift_right(bits, 27)) * _MULTIPLIER_2
+    return bits ^ _shift_right(bits, 31)
+
+
+def sampling_keys(seed: int, epoch_B: Tensor, prompt_id_B: Tensor, sibling_B: Tensor) -> Tensor:
+    """Folds what identifies a response into one key per row: int64 [B] from three int64 [B] and the run seed."""
+    key_B = torch.full_like(epoch_B, seed)
+    key_B = _mix(key_B + _GOLDEN)
+    for field_B in (epoch_B, prompt_id_B, sibling_B):
+        key_B = _mix(key_B + field_B + _GOLDEN)
+    return key_B
+
+
+def gumbel_noise(key_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel(0, 1) noise, float32 [B, V], always finite.
+
+    Args:
+        key_B: int64 [B] of :func:`sampling_keys`.
+        position_B: int64 [B], or a scalar tensor: index of the token within the response.
+        vocab_size: V.
+
+    The uniform u lies in [2⁻⁵⁴, 1 − 2⁻²⁴], and g = −log(−log(1 − u)) takes its large values from u near 0, where
+    float32 is finest: tokens far below 2⁻²⁴ keep their true odds.
+    """
+    stream_B = _mix(key_B + position_B + _GOLDEN)
+    token_V = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=key_B.device)
+    bits_BV = _mix(stream_B[:, None] + token_V * _GOLDEN)
+    uniform_BV = ((_shift_right(bits_BV, 11).float() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-24)
+    return uniform_BV.neg_().log1p_().neg_().log_().neg_()
+
+
+def truncate(logits_BV: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
+    """Sets the logits of excluded tokens to −inf. Each limit applies to what the ones before it left.
+
+    Order: top-k (the k likeliest; 0 = off), top-p (the fewest likeliest tokens whose mass reaches top_p; 1 = off),
+    min-p (tokens with p ≥ min_p · max p; 0 = off). Equal logits rank by token id; the likeliest token always stays.
+    """
+    if 0 < top_k < logits_BV.shape[-1] or top_p < 1.0:
+        sorted_BV, token_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+        if top_k > 0:
+            sorted_BV[:, top_k:] = float("-inf")
+        if top_p < 1.0:
+            probability_BV = sorted_BV.softmax(-1)
+            mass_before_BV = probability_BV.cumsum(-1) - probability_BV
+            excluded_BV = mass_before_BV >= top_p
+            excluded_BV[:, 0] = False
+            sorted_BV[excluded_BV] = float("-inf")
+        logits_BV = torch.empty_like(logits_BV).scatter_(-1, token_BV, sorted_BV)
+    if min_p > 0.0:
+        floor_B1 = logits_BV.amax(-1, keepdim=True) + math.log(min_p)
+        logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, float("-inf"))
+    return logits_BV
+
+
+def choose_tokens(logits_BV: Tensor, noise_BV: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
+                  min_p: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws one token per row.
+
+    Args:
+        logits_BV: [B, V], any float dtype; computed with in float32.
+        noise_BV: float32 [B, V] of :func:`gumbel_noise`.
+
+    Returns:
+        token_B: int64 [B] = argmax(truncated tempered logits + noise).
+        logprob_B: float32 [B], of the token at temperature 1, not truncated.
+        behaviour_logprob_B: float32 [B], of the token at ``temperature``, before truncation.
+    """
+    logits_BV = logits_BV.float()
+    tempered_BV = logits_BV if temperature == 1.0 else logits_BV / temperature
+    token_B = (truncate(tempered_BV, top_p, top_k, min_p) + noise_BV).argmax(-1)
+    logprob_B = _logprob(logits_BV, token_B)
+    behaviour_logprob_B = logprob_B if temperature == 1.0 else _logprob(tempered_BV, token_B)
+    return token_B, logprob_B, behaviour_logprob_B
+
+
+def _logprob(logits_BV: Tensor, token_B: Tensor) -> Tensor:
+    return logits_BV.gather(-1, token_B[:, None])[:, 0] - logits_BV.logsumexp(-1)

@@ -1,0 +1,140 @@
+"""How a policy version travels: every rank's own shard, and the manifest that makes the shards one version.
+
+    parameter, flattened       | piece of rank 0 | piece of rank 1 | piece of rank 2 |0|    piece = ceil(numel / ranks)
+    shard of rank r            piece r of tensor 0 | piece r of tensor 1 | …                (compute dtype, bytes)
+    assemble                   verify all shards, then tensor by tensor: join the pieces, cut the padding, reshape
+
+This is how ZeRO-3 partitions (``param.ds_tensor``), so that publishing gathers nothing. No Ray here: the coordinator
+moves the shards, this file is their format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from asa_dist.records import ShardRecord, TensorSpec, WeightManifest
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class CorruptShardError(Exception):
+    """A shard that is not what its rank published; the message names version and rank."""
+
+
+def tensor_specs(names_and_shapes: Iterable[tuple[str, Sequence[int]]], num_ranks: int) -> tuple[TensorSpec, ...]:
+    """The manifest's tensors, in the given order, each cut into ``num_ranks`` pieces of ceil(numel / num_ranks)."""
+    specs = []
+    for name, shape in names_and_shapes:
+        numel = int(np.prod(shape, dtype=np.int64))
+        specs.append(TensorSpec(name, tuple(shape), -(-numel // num_ranks)))
+    return tuple(specs)
+
+
+def piece_of_rank(tensor: Tensor, spec: TensorSpec, rank: int) -> Tensor:
+    """Rank ``rank``'s piece of a whole tensor: a flat view, not padded (so it may be short, or empty)."""
+    return tensor.reshape(-1)[rank * spec.shard_numel:(rank + 1) * spec.shard_numel]
+
+
+def shard_num_bytes(tensors: Iterable[TensorSpec], dtype: str) -> int:
+    return sum(spec.shard_numel for spec in tensors) * DTYPES[dtype].itemsize
+
+
+def checksum(buffer: np.ndarray) -> str:
+    """xxh3_128 of a contiguous uint8 array, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(memoryview(buffer))
+
+
+def shard_record(rank: int, buffer: np.ndarray) -> ShardRecord:
+    return ShardRecord(rank, buffer.nbytes, checksum(buffer))
+
+
+def assemble(manifest: WeightManifest, shards: Sequence[np.ndarray]) -> Iterator[tuple[str, Tensor]]:
+    """Verifies *all* shards, then yields every tensor whole, in manifest order, in the manifest's dtype.
+
+    Args:
+        shards: one flat uint8 array per rank, in rank order; read-only ones are fine, nothing yielded aliases them.
+
+    Raises:
+        CorruptShardError: from the call itself, before the first tensor, on a wrong count, length or checksum.
+    """
+    if len(shards) != len(manifest.shards):
+        raise CorruptShardError(f"version {manifest.version} has {len(manifest.shards)} shards, {len(shards)} arrived")
+    expected_bytes = shard_num_bytes(manifest.tensors, manifest.dtype)
+    for record, shard in zip(manifest.shards, shards, strict=True):
+        where = f"version {manifest.version}, shard of rank {record.rank}"
+        if not record.num_bytes == shard.nbytes == expected_bytes:
+            raise CorruptShardError(f"{where}: {shard.nbytes} bytes arrived, its rank published {record.num_bytes}, "
+                                    f"the manifest's tensors need {expected_bytes}")
+        if (found := checksum(shard)) != record.checksum:
+            raise CorruptShardError(f"{where}: checksum {found}, its rank published {record.checksum}")
+    return _join(manifest, shards)
+
+
+def _join(manifest: WeightManifest, shards: Sequence[np.ndarray]) -> Iterator[tuple[str, Tensor]]:
+    dtype = DTYPES[manifest.dtype]
+    start = 0
+    for spec in manifest.tensors:
+        stop = start + spec.shard_numel * dtype.itemsize
+        whole = torch.from_numpy(np.concatenate([shard[start:stop] for shard in shards])).view(dtype)
+        yield spec.name, whole[:spec.numel].view(spec.shape)
+        start = stop
+
+
+class ShardBuffer:
+    """Two preallocated host buffers for one rank's shard: one is filled while the other is being published.
+
+    Pinned where CUDA is available. The caller makes sure that publishing has ended before the copy after the next.
+    """
+
+    def __init__(self, tensors: Sequence[TensorSpec], dtype: str, rank: int) -> None:
+        self._tensors = tuple(tensors)
+        self._dtype = DTYPES[dtype]
+        self._rank = rank
+        numel = sum(spec.shard_numel for spec in self._tensors)
+        pinned = torch.cuda.is_available()
+        self._slots = [torch.zeros(numel, dtype=self._dtype, pin_memory=pinned) for _ in range(2)]
+
+    def copy_in(self, version: int, pieces: Iterable[Tensor]) -> np.ndarray:
+        """Copies this rank's pieces; the only moment publishing takes from training.
+
+        Args:
+            version: the policy version, for error messages.
+            pieces: flat tensors in manifest order, in the compute dtype, on any device; each
+                :func:`piece_of_rank`, or padded to ``shard_numel`` like ZeRO-3's ``ds_tensor``. Padding is zeroed.
+
+        Returns:
+            The shard: flat uint8, a view of the slot, valid until the copy after the next.
+
+        Raises:
+            ValueError: too few or too many pieces, a wrong length or dtype; names the tensor.
+        """
+        slot = self._slots[0]
+        start = 0
+        for spec, piece in self._paired(pieces):
+            length = min(max(spec.numel - self._rank * spec.shard_numel, 0), spec.shard_numel)
+            if piece.dtype != self._dtype or piece.dim() != 1 or piece.numel() not in (length, spec.shard_numel):
+                raise ValueError(f"version {version}, rank {self._rank}'s piece of {spec.name}: {piece.dtype} "
+                                 f"{tuple(piece.shape)}, expected {self._dtype} ({length},), or "
+                                 f"({spec.shard_numel},) with padding")
+            slot[start:start + length].copy_(piece[:length], non_blocking=True)
+            slot[start + length:start + spec.shard_numel].zero_()
+            start += spec.shard_numel
+        if slot.is_pinned():
+            torch.cuda.synchronize()  # the copies were only enqueued
+        self._slots.reverse()
+        return slot.view(torch.uint8).numpy()
+
+    def _paired(self, pieces: Iterable[Tensor]) -> Iterator[tuple[TensorSpec, Tensor]]:
+        count = 0
+        for count, piece in enumerate(pieces, start=1):
+            if count > len(self._tensors):
+                raise ValueError(f"more pieces than the manifest's {len(self._tensors)} tensors")
+            yield self._tensors[count - 1], piece.detach()
+        if count < len(self._tensors):
+            raise ValueError(f"{count} pieces for the manifest's {len(self._tensors)} tensors: "
+                             f"the first one missing is {self._tensors[count].name}")

@@ -1,0 +1,60 @@
+"""One rank's corpus rows as micro-batches, and the bigram model they are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from asa_dist.asa.packing import MicroBatch, corpus_batch
+from asa_dist.config import DataConfig, TrainConfig
+from asa_dist.runtime.data.bigram import BigramBaseline
+from asa_dist.runtime.data.rows import NO_TARGET, PADDING_SEGMENT, CorpusRows, PackedRows
+
+
+def _slice(rows: PackedRows, first: int, num_rows: int) -> MicroBatch:
+    here = slice(first, first + num_rows)
+    return corpus_batch(*(torch.from_numpy(np.ascontiguousarray(array[here])) for array in (
+        rows.input_ids_RT, rows.position_ids_RT, rows.segment_RT, rows.target_RT)))
+
+
+def _padded(rows: PackedRows, num_rows: int) -> PackedRows:
+    """Appends rows without targets, so that every rank evaluates equally many batches."""
+    def extended(array: np.ndarray, fill: int) -> np.ndarray:
+        return np.concatenate([array, np.full((num_rows - len(array), array.shape[1]), fill, array.dtype)])
+
+    return PackedRows(extended(rows.input_ids_RT, 0), extended(rows.position_ids_RT, 0),
+                      extended(rows.segment_RT, PADDING_SEGMENT), extended(rows.target_RT, NO_TARGET))
+
+
+class CorpusFeed:
+    """Every rank cuts its slice out of the same global batch; rank 0 also counts bigrams of all of it."""
+
+    def __init__(self, run_dir: Path, data: DataConfig, train: TrainConfig, seed: int, vocab_size: int, rank: int, num_ranks: int):
+        self._corpus = CorpusRows(run_dir, data, seed)
+        self._train, self._rank, self._num_ranks = train, rank, num_ranks
+        self._heldout = self._corpus.heldout_rows(data.max_heldout_rows)
+        self._bigram = BigramBaseline(self._heldout, vocab_size) if rank == 0 else None
+
+    def train_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step."""
+        per_step = self._train.corpus_rows_per_step
+        rows = self._corpus.rows(step * per_step, per_step)
+        if self._bigram is not None:
+            self._bigram.update(rows)
+        per_batch = per_step // self._num_ranks // self._train.accumulation_steps
+        first = self._rank * (per_step // self._num_ranks)
+        return [_slice(rows, first + number * per_batch, per_batch) for number in range(self._train.accumulation_steps)]
+
+    def heldout_batches(self) -> list[MicroBatch]:
+        """This rank's share of the held-out rows, in batches of a training micro-batch's size."""
+        per_batch = max(1, self._train.corpus_rows_per_step // self._num_ranks // self._train.accumulation_steps)
+        num_batches = -(-len(self._heldout.input_ids_RT) // (per_batch * self._num_ranks))
+        rows = _padded(self._heldout, num_batches * per_batch * self._num_ranks)
+        first = self._rank * num_batches * per_batch
+        return [_slice(rows, first + number * per_batch, per_batch) for number in range(num_batches)]
+
+    def bigram_perplexity(self) -> float:
+        """Of the training rows seen so far, on the held-out rows; rank 0's answer counts."""
+        return self._bigram.perplexity() if self._bigram is not None else float("nan")

@@ -1,0 +1,226 @@
+"""Everything DeepSpeed: one optimizer step over micro-batches, collectives, and a rank's own shard of the weights."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import Tensor
+
+from asa_dist.asa.objective import FusedOutput, StepInputs
+from asa_dist.asa.packing import MicroBatch
+from asa_dist.config import Config, OptimizerConfig, TrainConfig
+from asa_dist.runtime.gradients import clip_by_part
+from asa_dist.runtime.model import PHI, PSI, XI, AsaModel, named_parts
+
+PARTS = [PSI, PHI, XI]
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the same on every rank."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this process stands."""
+
+    rank: int
+    local_rank: int
+    num_ranks: int
+    device: torch.device
+
+
+def join_process_group(placement: Placement, timeout_seconds: float) -> None:
+    """Initialises torch.distributed (nccl on CUDA, else gloo), then DeepSpeed on top of it.
+
+    DeepSpeed's own initialisation passes ``device_id``, which has hung other groups; and its shared-memory op would be
+    compiled for a minute at the first CPU run.
+    """
+    on_cuda = placement.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(placement.device)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds),
+        rank=placement.rank, world_size=placement.num_ranks)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+
+
+def deepspeed_settings(train: TrainConfig, dtype: str, num_ranks: int) -> dict[str, Any]:
+    """DeepSpeed's config. Clipping is ours (``gradients.clip_by_part``); losses come divided by global counts."""
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.zero_stage == 3:
+        zero |= {"sub_group_size": train.zero_sub_group_size,
+                 "stage3_param_persistence_threshold": train.zero_persistence_threshold}
+    if train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": train.gpus > 0}
+    return {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": train.accumulation_steps,
+        "train_batch_size": num_ranks * train.accumulation_steps, "zero_optimization": zero, "gradient_clipping": 0.0,
+        # stage 0 cannot accumulate bfloat16 gradients in float32
+        "bf16": {"enabled": dtype == "bfloat16"}, "data_types": {"grad_accum_dtype": "fp32" if train.zero_stage else None},
+        "zero_allow_untested_optimizer": True, "steps_per_print": 2**62, "wall_clock_breakdown": False,
+    }
+
+
+def parameter_groups(model: AsaModel, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """ψ's matrices (decayed), ψ's vectors, φ, ξ: each with its own learning rate, set anew every step."""
+    groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {
+        (PSI, True): [], (PSI, False): [], (PHI, False): [], (XI, False): []}
+    for part, _, parameter in named_parts(model):
+        groups[part, part == PSI and parameter.dim() >= 2].append(parameter)
+    rates = {PSI: optimizer.lr_psi, PHI: optimizer.lr_phi, XI: optimizer.lr_xi}
+    return [{"params": parameters, "lr": rates[part], "weight_decay": optimizer.weight_decay if decayed else 0.0, "part": part}
+            for (part, decayed), parameters in groups.items() if parameters]
+
+
+def schedule_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of 0-based ``step`` as a share of its peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    elapsed = step - config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "robbins_monro":
+        return (1 + elapsed / config.robbins_monro_t0) ** -config.robbins_monro_power
+    progress = min(1.0, elapsed / max(1, num_steps - config.warmup_steps))
+    return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of this rank's micro-batches."""
+
+    sums: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+    terms: list[dict[str, Tensor]]  # per micro-batch
+    gradient_norms: dict[str, float]  # by part, before clipping, of the whole model
+
+
+class TrainEngine:
+    """One rank's view of the sharded model.
+
+    Raises:
+        TrainingError: on every rank alike, for a non-finite reward, loss or gradient.
+    """
+
+    def __init__(self, model: AsaModel, config: Config, placement: Placement):
+        self.placement = placement
+        self.config = config
+        # names and shapes before ZeRO-3 empties the parameters
+        self.generator_shapes = [(name, tuple(p.shape)) for part, name, p in named_parts(model) if part == PSI]
+        groups = parameter_groups(model, config.optimizer)
+        self._part_of_group = [group["part"] for group in groups]
+        adam: dict[str, Any] = {"betas": (config.optimizer.adam_beta1, config.optimizer.adam_beta2), "eps": config.optimizer.adam_eps}
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **adam) if config.train.offload_optimizer else torch.optim.AdamW(groups, **adam)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer,
+            config=deepspeed_settings(config.train, config.model.dtype, placement.num_ranks))
+        self._set_collective_timeout(config.train.collective_timeout_seconds)
+
+    def _set_collective_timeout(self, timeout_seconds: float) -> None:
+        """ZeRO's own groups ignore the timeout of ``init_process_group``: a lost peer would be waited for without end."""
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    # --- one step ----------------------------------------------------------------------------------------------
+    def train_step(self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]) -> StepResult:
+        """Forward and backward per micro-batch, one optimizer step.
+
+        Args:
+            batches: exactly ``accumulation_steps`` micro-batches.
+            learning_rates: by part.
+        """
+        self._set_learning_rates(learning_rates)
+        result = StepResult({}, {}, [], {})
+        for number, batch in enumerate(batches):
+            batch = batch.to(self.placement.device)
+            output: FusedOutput = self.engine(batch=batch, inputs=inputs)
+            self._refuse_nonfinite(output, batch)
+            # DeepSpeed divides by ranks and micro-batches; ours are sums over global counts
+            self.engine.backward(output.loss * self.placement.num_ranks, scale_wrt_gas=False)
+            if number == len(batches) - 1:
+                result.gradient_norms.update(clip_by_part(
+                    self.optimizer, self._part_of_group, PARTS, self.config.optimizer.clip_norm))
+                if not all(math.isfinite(norm) for norm in result.gradient_norms.values()):
+                    raise TrainingError(f"gradient norms {result.gradient_norms} are not finite; no update was made")
+            self.engine.step()
+            for name, value in output.sums.items():
+                result.sums[name] = result.sums[name] + value if name in result.sums else value
+            for name, value in output.maxima.items():
+                result.maxima[name] = torch.maximum(result.maxima[name], value) if name in result.maxima else value
+            result.terms.append(output.terms)
+        return result
+
+    def _refuse_nonfinite(self, output: FusedOutput, batch: MicroBatch) -> None:
+        """All ranks learn of a non-finite loss or reward before any of them starts the backward."""
+        bad = [] if torch.isfinite(output.loss) else ["the loss"]
+        for name, value_PG in output.terms.items():
+            if batch.groups is not None and not torch.isfinite(value_PG).all():
+                group = int((~torch.isfinite(value_PG)).any(1).nonzero()[0])
+                bad.append(f"reward term {name} of prompt {int(batch.groups.prompt_id_P[group])}")
+        if self.max_over_ranks([len(bad)])[0] > 0:
+            found = "; ".join(bad) or "a value on another rank"
+            raise TrainingError(f"rank {self.placement.rank}: not finite: {found}; no update was made")
+
+    @torch.no_grad()
+    def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
+        """This rank's share of the mean corpus loss (evaluation). A collective: every rank calls it equally often."""
+        self.engine.eval()
+        output: FusedOutput = self.engine(batch=batch.to(self.placement.device), inputs=inputs)
+        self.engine.train()
+        return float(output.loss)
+
+    def _set_learning_rates(self, learning_rates: Mapping[str, float]) -> None:
+        for group, part in zip(self.optimizer.param_groups, self._part_of_group, strict=True):
+            group["lr"] = learning_rates[part]
+
+    # --- collectives -------------------------------------------------------------------------------------------
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """All-reduced copy, float64 on the CPU."""
+        summed = values.detach().to(self.placement.device, torch.float64, copy=True)
+        dist.all_reduce(summed)
+        return summed.cpu()
+
+    def max_over_ranks(self, values: Sequence[float]) -> list[float]:
+        largest = torch.tensor(values, dtype=torch.float64, device=self.placement.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    def peak_memory_bytes(self) -> int:
+        """Of this process: allocated on the GPU, or resident on the CPU."""
+        if self.placement.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.placement.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    # --- publishing --------------------------------------------------------------------------------------------
+    def generator_shards(self) -> Iterator[Tensor]:
+        """This rank's flat piece of every ψ tensor, in the order of ``generator_shapes``; no collective.
+
+        Stage 3: the partition ZeRO holds anyway. Stages 0–2: the rank's slice of the whole parameter, unpadded.
+        """
+        rank, num_ranks = self.placement.rank, self.placement.num_ranks
+        for part, _, parameter in named_parts(self.engine.module):
+            if part != PSI:
+                continue
+            if self.config.train.zero_stage == 3:
+                yield parameter.ds_tensor.detach().flatten()
+            else:
+                size = -(-parameter.numel() // num_ranks)
+                yield parameter.detach().flatten()[rank * size:(rank + 1) * size]
+
+    def close(self) -> None:
+        """Leaves the process group; call once, at the end."""
+        self.engine.destroy()
+        dist.destroy_process_group()

@@ -1,0 +1,73 @@
+"""Gradient norms and clipping per part (ψ, φ, ξ), for every ZeRO stage.
+
+DeepSpeed clips by one norm over all parameter groups, so that a spike in an evaluator head would shrink the generator's
+step. Here each part is clipped by its own norm, on the rank's own gradient partitions, between backward and step; DeepSpeed's
+clipping stays off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def local_gradients(optimizer: Any) -> Iterator[tuple[int, list[Tensor]]]:
+    """(parameter group index, gradient tensors) of this rank's partition, after the backward of the last micro-batch.
+
+    Stage 0 holds whole averaged gradients on every rank; the others partition them.
+    """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for sub_group in range(len(optimizer.fp16_groups)):
+            group = optimizer.sub_group_to_group_id[sub_group]
+            if optimizer.offload_optimizer:
+                yield group, [optimizer.fp32_partitioned_groups_flat[sub_group].grad]
+            else:
+                yield group, optimizer.averaged_gradients[sub_group]
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        for group in range(len(optimizer.bit16_groups)):
+            if optimizer.cpu_offload:
+                yield group, [optimizer.single_partition_of_fp32_groups[group].grad]
+            else:
+                yield group, optimizer.averaged_gradients[group]
+    elif isinstance(optimizer, BF16_Optimizer):
+        for group, gradient in enumerate(optimizer.fp32_groups_gradient_flat_partition):
+            yield group, [gradient]
+    else:
+        # bfloat16 keeps the trained parameters beside the optimizer's float32 masters
+        trained = getattr(optimizer, "fp16_groups", [settings["params"] for settings in optimizer.param_groups])
+        for group, parameters in enumerate(trained):
+            yield group, [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def is_partitioned(optimizer: Any) -> bool:
+    """Whether ``local_gradients`` yields a rank's share (norms must be summed over ranks) or whole gradients."""
+    return isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3 | DeepSpeedZeroOptimizer | BF16_Optimizer)
+
+
+def clip_by_part(optimizer: Any, part_of_group: list[str], parts: list[str], max_norm: float) -> dict[str, float]:
+    """Norm of each part's gradient before clipping; scales parts above ``max_norm`` (0 = off) down to it.
+
+    One all-reduce of ``len(parts)`` numbers. A non-finite norm is returned as it is and nothing is scaled.
+    """
+    gradients = [(part_of_group[group], tensors) for group, tensors in local_gradients(optimizer)]
+    device = next((t.device for _, tensors in gradients for t in tensors), torch.device("cpu"))
+    squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
+    for part, tensors in gradients:
+        for tensor in tensors:
+            squares[parts.index(part)] += tensor.float().square().sum().double()
+    if is_partitioned(optimizer):
+        dist.all_reduce(squares)
+    norms = dict(zip(parts, squares.sqrt().tolist(), strict=True))
+    if max_norm > 0 and bool(torch.isfinite(squares).all()):
+        for part, tensors in gradients:
+            if norms[part] > max_norm:
+                for tensor in tensors:
+                    tensor.mul_(max_norm / norms[part])
+    return norms

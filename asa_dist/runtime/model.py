@@ -1,0 +1,183 @@
+"""One module, one forward: trunk, language-model head, evaluator heads, meta-optimizer.
+
+The trunk is any ``transformers`` causal language model. Its output projection is replaced by a head that owns the same
+weight and turns hidden states into log-probabilities chunk by chunk: under ZeRO-3 a parameter exists only inside the
+forward of the module that owns it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from asa_dist.asa.heads import Evaluator, MetaOptimizer
+from asa_dist.asa.objective import FusedOutput, StepInputs, TokenScores, corpus_loss, fused_loss
+from asa_dist.asa.packing import MicroBatch
+from asa_dist.asa.states import pool_states
+from asa_dist.config import Config, ModelConfig
+from asa_kernels import token_logprob
+
+PSI, PHI, XI = "psi", "phi", "xi"
+
+
+class ModelError(Exception):
+    """A model that cannot be built or trained: says which and why."""
+
+
+class TokenLogprobHead(nn.Module):
+    """The output projection, as log-probabilities and entropies of given targets."""
+
+    def __init__(self, weight_VH: nn.Parameter, chunk_tokens: int, temperature: float):
+        super().__init__()
+        self.weight = weight_VH
+        self.chunk_tokens = chunk_tokens
+        self.temperature = temperature
+
+    def forward(self, hidden_NH: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprob_N with gradient, tempered_logprob_N, entropy_N), float32; 0 where the target is IGNORED."""
+        logprob_N, entropy_N = token_logprob(hidden_NH, self.weight, target_N, chunk_tokens=self.chunk_tokens)
+        tempered_N = logprob_N.detach()
+        if self.temperature != 1.0:
+            with torch.no_grad():
+                tempered_N, _ = token_logprob(
+                    hidden_NH, self.weight, target_N, temperature=self.temperature, chunk_tokens=self.chunk_tokens)
+        return logprob_N, tempered_N, entropy_N.detach()
+
+
+class AsaModel(nn.Module):
+    """Generator ψ (``lm``), evaluator φ and meta-optimizer ξ. ``forward`` writes no state."""
+
+    def __init__(self, lm: PreTrainedModel, config: Config):
+        super().__init__()
+        self.config = config
+        self.vocab_size = lm.config.vocab_size
+        hidden_size = lm.config.hidden_size
+        self.lm = lm
+        weight_VH = lm.get_output_embeddings().weight
+        lm.set_output_embeddings(TokenLogprobHead(weight_VH, config.model.logprob_chunk_tokens, config.rollout.temperature))
+        learned = config.evaluator.embedding == "learned"
+        self.evaluator = Evaluator(
+            hidden_size, config.evaluator.embedding_size if learned else None, len(config.evaluator.principles))
+        self.meta = MetaOptimizer(config.evaluator.omega_floor)
+
+    def forward(self, batch: MicroBatch, inputs: StepInputs) -> FusedOutput:
+        """One micro-batch; without groups (evaluation) the corpus loss alone."""
+        middle_NH, final_NH = self._trunk(batch)
+        logprob_N, tempered_N, entropy_N = self.lm.get_output_embeddings()(final_NH, batch.target_RT.flatten())
+        if batch.groups is None:
+            mle = corpus_loss(logprob_N, batch, inputs.counts)
+            return FusedOutput(mle, {"loss/mle": mle.detach()}, {}, {})
+        states = pool_states(middle_NH, final_NH, inputs.center_H, batch.groups, self.config.evaluator.embedding)
+        heads = self.evaluator(states.evaluator_response_PGH, states.evaluator_claim_CH, batch.groups.content_length_PG > 0)
+        return fused_loss(
+            batch, TokenScores(logprob_N, tempered_N, entropy_N), states, heads, self.meta(inputs.progress_F),
+            inputs.coefficients, inputs.counts, self.vocab_size, self.config.evaluator, self.config.objective)
+
+    def _trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states (middle_NH, final_NH) of all tokens; segments of a row do not see each other."""
+        num_rows, row_length = batch.input_ids_RT.shape
+        if self.lm.config._attn_implementation == "flash_attention_2":
+            # flash-attn takes one long row: positions that restart at 0 mark where sequences begin
+            output = self.lm.base_model(
+                input_ids=batch.input_ids_RT.view(1, -1), position_ids=_restarting_positions(batch).view(1, -1),
+                use_cache=False, output_hidden_states=True)
+        else:
+            output = self.lm.base_model(
+                input_ids=batch.input_ids_RT, position_ids=batch.position_ids_RT, use_cache=False,
+                output_hidden_states=True, attention_mask=segment_mask(batch.segment_RT))
+        middle = output.hidden_states[len(output.hidden_states) // 2]
+        return middle.reshape(num_rows * row_length, -1), output.last_hidden_state.reshape(num_rows * row_length, -1)
+
+
+def segment_mask(segment_RT: Tensor) -> Tensor:
+    """Boolean [R, 1, T, T]: causal, within equal segments; every position sees itself (padding too: no empty softmax)."""
+    same_RTT = segment_RT.unsqueeze(2) == segment_RT.unsqueeze(1)
+    return (same_RTT & torch.ones_like(same_RTT[0]).tril()).unsqueeze(1)
+
+
+def _restarting_positions(batch: MicroBatch) -> Tensor:
+    """Positions for flash-attn: padding counts from 0 too, as a sequence of its own."""
+    padding_RT = batch.segment_RT < 0
+    return torch.where(padding_RT, padding_RT.long().cumsum(1) - 1, batch.position_ids_RT)
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int) -> PretrainedConfig:
+    """The trunk's transformers config.
+
+    Raises:
+        ModelError: a pretrained model that is missing, or whose logits are not a plain product with its output weights.
+    """
+    if config.name_or_path is None:
+        arch = config.architecture
+        return LlamaConfig(
+            vocab_size=vocab_size, hidden_size=arch.hidden_size, intermediate_size=arch.intermediate_size,
+            num_hidden_layers=arch.num_layers, num_attention_heads=arch.num_attention_heads,
+            num_key_value_heads=arch.num_key_value_heads, max_position_embeddings=arch.max_position_embeddings,
+            rope_theta=arch.rope_theta, tie_word_embeddings=arch.tie_word_embeddings,
+            bos_token_id=None, eos_token_id=eos_token_id, pad_token_id=None, use_cache=True)
+    try:
+        loaded = AutoConfig.from_pretrained(Path(config.name_or_path).expanduser(), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name_or_path = {config.name_or_path!r}: {error}") from None
+    for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(loaded, attribute, None) not in (None, 1.0):
+            raise ModelError(
+                f"model.name_or_path = {config.name_or_path!r}: its {attribute} = {getattr(loaded, attribute)} changes the "
+                "logits after the output projection, which the chunked log-probabilities do not compute; choose another model")
+    if loaded.vocab_size < vocab_size:
+        raise ModelError(f"model.name_or_path = {config.name_or_path!r} has {loaded.vocab_size} embeddings, "
+                         f"the tokenizer {vocab_size} tokens: they do not belong together")
+    return loaded
+
+
+def attention_implementation(config: ModelConfig, on_cuda: bool) -> str:
+    """flash-attn if it can be imported and the device is CUDA, else SDPA."""
+    if config.attention != "auto":
+        return config.attention
+    flash = on_cuda and config.dtype == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: bool) -> AsaModel:
+    """The whole module in float32 on the CPU, the same on every rank: from ``config.seed``, or pretrained.
+
+    Every rank builds it and ``deepspeed.initialize`` partitions it: under ``zero.Init`` transformers' own initialisation
+    does not reach partitioned weights.
+    """
+    trunk = trunk_config(config.model, vocab_size, eos_token_id)
+    attention = attention_implementation(config.model, on_cuda)
+    torch.manual_seed(config.seed)
+    if config.model.name_or_path is None:
+        lm = AutoModelForCausalLM.from_config(trunk, attn_implementation=attention, dtype=torch.float32)
+    else:
+        lm = AutoModelForCausalLM.from_pretrained(
+            Path(config.model.name_or_path).expanduser(), config=trunk, attn_implementation=attention,
+            dtype=torch.float32, trust_remote_code=False)
+    projection = lm.get_output_embeddings()
+    if not isinstance(projection, nn.Linear) or projection.bias is not None:
+        raise ModelError(f"{type(lm).__name__}: its output projection is not a plain Linear without bias")
+    if config.model.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return AsaModel(lm, config)
+
+
+def named_parts(model: AsaModel) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(part, name, parameter) for ψ, φ, ξ; ψ under its transformers names, tied weights once."""
+    for part, module in ((PSI, model.lm), (PHI, model.evaluator), (XI, model.meta)):
+        for name, parameter in module.named_parameters():
+            yield part, name, parameter
+
+
+def count_parameters(model: AsaModel) -> dict[str, int]:
+    """Number of parameters of ψ, φ, ξ."""
+    counts = dict.fromkeys((PSI, PHI, XI), 0)
+    for part, _, parameter in named_parts(model):
+        counts[part] += parameter.numel()
+    return counts
+

@@ -1,0 +1,244 @@
+"""What the deepspeed launcher, torchrun and srun start: builds one rank's parts and runs the loop.
+
+    asa train CONFIG                                   starts Ray and the launcher, which start this
+    deepspeed --module asa_dist.train CONFIG           the same without `asa`: rank 0 starts Ray
+    torchrun --nproc-per-node N -m asa_dist.train CONFIG
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asa_dist.config import Config, ConfigError, build_config, dump_config, load_config
+
+if TYPE_CHECKING:
+    from asa_dist.records import RolloutGroup
+    from asa_dist.rollout.client import RolloutClient
+    from asa_dist.rollout.cluster import RayHandle, RolloutSystem
+    from asa_dist.runtime.data.prepare import DataSummary
+    from asa_dist.runtime.data.prompts import PromptStream
+    from asa_dist.runtime.engine import Placement, TrainEngine
+
+EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m asa_dist.train", description="One trainer rank, started by a launcher.")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/<config name>), shared by all ranks")
+    parser.add_argument("--ray-address", help="host:port of a running Ray; without it rank 0 starts one on this machine")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's; we read LOCAL_RANK
+    return parser.parse_args(arguments)
+
+
+def find_placement(config: Config) -> Placement:
+    """This process's place, from the launcher's environment.
+
+    Raises:
+        ConfigError: not started by a launcher, or a device that is not there.
+    """
+    import torch
+
+    from asa_dist.runtime.engine import Placement
+
+    try:
+        rank, local_rank, num_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    except KeyError as error:
+        raise ConfigError(f"{error} is not set: start with `asa train`, `deepspeed --module asa_dist.train` or "
+                          "`torchrun -m asa_dist.train`") from None
+    if config.train.gpus and torch.cuda.device_count() <= local_rank:
+        raise ConfigError(f"train.gpus = {config.train.gpus}: local rank {local_rank} finds {torch.cuda.device_count()} CUDA devices")
+    return Placement(rank, local_rank, num_ranks, torch.device("cuda", local_rank) if config.train.gpus else torch.device("cpu"))
+
+
+def adapt_to_launcher(config: Config, num_ranks: int) -> Config:
+    """The launcher decides how many ranks there are; the rules that depend on it are checked again."""
+    if num_ranks == config.num_ranks:
+        return config
+    tree = config.model_dump()
+    tree["train"]["gpus" if config.train.gpus else "ranks"] = num_ranks
+    return build_config(tree, f"config with the {num_ranks} ranks that the launcher started")
+
+
+class RolloutFeed:
+    """The loop's view of rollouts: rank 0 hands in prompts, every rank takes its groups and publishes its shard."""
+
+    def __init__(self, client: RolloutClient, prompts: PromptStream | None, prompts_per_step: int, engine: TrainEngine):
+        self._client, self._prompts, self._per_step, self._engine = client, prompts, prompts_per_step, engine
+
+    def request(self, step: int) -> None:
+        if self._prompts is not None:
+            ids = range(step * self._per_step, (step + 1) * self._per_step)
+            self._client.submit_prompts(step, [self._prompts.prompt(prompt_id) for prompt_id in ids])
+
+    def take(self, step: int) -> list[RolloutGroup]:
+        return self._client.take(step)
+
+    def publish(self, version: int) -> None:
+        self._client.publish(version, self._engine.generator_shards())
+
+
+def prepare_run_folder(config: Config, run_dir: Path) -> DataSummary:
+    """Data, tokenizer and resolved config in the run folder. Idempotent; one process does it.
+
+    Raises:
+        DataError: content that cannot be used, or a run folder that belongs to another run.
+    """
+    from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.data.prepare import prepare
+
+    if (run_dir / "metrics.jsonl").exists():
+        raise DataError(f"{run_dir} holds a run already: choose another folder with --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    summary = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: print(message, flush=True))
+    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return summary
+
+
+def _join_ray(config: Config, placement: Placement, address: str | None, weight_bytes: int) -> RayHandle | None:
+    """Connects this rank to Ray; without an address rank 0 starts one and tells the others."""
+    import torch.distributed as dist
+
+    from asa_dist.rollout.cluster import connect, start_local_ray
+
+    handle = None
+    if address is None:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", placement.num_ranks))
+        if local_size != placement.num_ranks:
+            raise ConfigError("ranks on several machines need one Ray across them: start it and pass --ray-address")
+        if config.rollout.gpus_per_worker:
+            raise ConfigError("rollout.gpus_per_worker: started without `asa train`, the launcher owns the GPUs; "
+                              "start Ray with the rollout GPUs and pass --ray-address")
+        told: list[object] = [None, None]
+        if placement.rank == 0:
+            handle = start_local_ray(config.rollout.workers * config.rollout.threads_per_worker, 0, object_store_bytes(weight_bytes))
+            told = [handle.address, handle.environment]
+        dist.broadcast_object_list(told, src=0)
+        address, environment = told
+        os.environ.update(environment)
+    connect(address)
+    return handle
+
+
+def object_store_bytes(weight_bytes: int) -> int:
+    """Room for four versions of the generator's weights (published, being published, held by workers) and for groups."""
+    return 4 * weight_bytes + 256 * 2**20
+
+
+def _start_rollouts(config: Config, run_dir: Path, engine: TrainEngine, eos_token_id: int) -> RolloutSystem:
+    from asa_dist.rollout.cluster import RolloutSystem
+    from asa_dist.rollout.engine import SamplingConfig
+
+    folder = run_dir / "model"
+    engine.engine.module.lm.config.save_pretrained(folder)
+    return RolloutSystem.start(
+        run_name=str(run_dir.resolve()), config_folder=str(folder.resolve()), model=config.model,
+        sampling=SamplingConfig(config.rollout, config.seed, eos_token_id), groups_per_lease=config.groups_per_lease)
+
+
+def train(config: Config, run_dir: Path, placement: Placement, ray_address: str | None) -> None:
+    """One rank, from the process group to the last checkpoint."""
+    import torch
+    import torch.distributed as dist
+
+    from asa_dist.asa.loop import AsaLoop
+    from asa_dist.asa.trust import AlignmentState
+    from asa_dist.rollout.client import RolloutClient
+    from asa_dist.rollout.cluster import disconnect
+    from asa_dist.runtime.checkpoint import save_checkpoint
+    from asa_dist.runtime.data.feed import CorpusFeed
+    from asa_dist.runtime.data.prepare import prepare
+    from asa_dist.runtime.data.prompts import PromptStream
+    from asa_dist.runtime.data.tokenizer import load_tokenizer, token_tables
+    from asa_dist.runtime.engine import PARTS, TrainEngine, join_process_group, schedule_factor
+    from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
+    from asa_dist.runtime.model import build_model, count_parameters
+
+    first = placement.rank == 0
+    torch.set_num_threads(config.train.threads_per_rank)
+    join_process_group(placement, config.train.collective_timeout_seconds)
+    if first and not (run_dir / "config.yaml").exists():
+        prepare_run_folder(config, run_dir)  # `asa train` has done it before any rank started
+    dist.barrier()
+    data = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: None)
+    tokenizer = load_tokenizer(run_dir)
+    model = build_model(config, data.vocab_size, data.eos_id, placement.device.type == "cuda")
+    tables = token_tables(tokenizer, model.vocab_size)
+    counts = count_parameters(model)
+    weight_bytes = counts["psi"] * (2 if config.model.dtype == "bfloat16" else 4)
+    ray_handle = _join_ray(config, placement, ray_address, weight_bytes)
+    engine = TrainEngine(model, config, placement)
+    rollouts = _start_rollouts(config, run_dir, engine, data.eos_id) if first else None
+    recorder: RunRecorder | SilentRecorder = SilentRecorder()
+    try:
+        client = RolloutClient(str(run_dir.resolve()), placement.rank, placement.num_ranks, engine.generator_shapes,
+                               config.model.dtype, config.rollout.timeout_seconds)
+        if first:
+            progress = ProgressLine(config.train.steps, 0)
+            progress.say(f"ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,} parameters; {placement.num_ranks} ranks, "
+                         f"ZeRO-{config.train.zero_stage}, {config.model.dtype}, attention {model.lm.config._attn_implementation}, "
+                         f"device {placement.device.type}; {config.rollout.workers} rollout worker(s), engine {config.rollout.engine}")
+            recorder = RunRecorder(run_dir, config.metrics, tokenizer.decode, progress)
+        state = AlignmentState(config.evaluator, model.lm.config.hidden_size)
+        peaks = dict(zip(PARTS, (config.optimizer.lr_psi, config.optimizer.lr_phi, config.optimizer.lr_xi), strict=True))
+        loop = AsaLoop(
+            config=config, rank=placement.rank, num_ranks=placement.num_ranks, device=placement.device, tables=tables,
+            state=state, engine=engine,
+            corpus=CorpusFeed(run_dir, config.data, config.train, config.seed, model.vocab_size, placement.rank, placement.num_ranks),
+            rollouts=RolloutFeed(client, PromptStream(run_dir, config.data, config.rollout, config.seed) if first else None,
+                                 config.rollout.prompts_per_step, engine),
+            recorder=recorder,
+            learning_rates=lambda step: {part: peak * schedule_factor(step, config.train.steps, config.optimizer)
+                                         for part, peak in peaks.items()},
+            save=lambda step: save_checkpoint(engine, state, step, run_dir))
+        loop.run(0, config.train.steps)
+        client.wait_published()
+        client.close()
+    finally:
+        recorder.close()
+        if rollouts is not None:
+            rollouts.stop()
+        disconnect()
+        if ray_handle is not None:
+            ray_handle.stop()
+    engine.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 finished, 1 failed, 2 the config cannot be used."""
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if not config.train.gpus:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by deepspeed at its import
+        placement = find_placement(config)
+        config = adapt_to_launcher(config, placement.num_ranks)
+    except ConfigError as error:
+        print(f"asa: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    from asa_dist.rollout.cluster import ClusterError
+    from asa_dist.rollout.coordinator import RolloutFailure
+    from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.engine import TrainingError
+    from asa_dist.runtime.model import ModelError
+
+    run_dir = options.run_dir or Path("runs") / Path(options.config).stem
+    try:
+        train(config, run_dir, placement, options.ray_address)
+    except (ConfigError, DataError, ModelError) as error:
+        print(f"asa: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_CONFIG
+    except (TrainingError, RolloutFailure, ClusterError, TimeoutError) as error:
+        print(f"asa: rank {placement.rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

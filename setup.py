@@ -1,0 +1,51 @@
+"""Packaging. Ranges here say what is supported; constraints.txt says exactly what was tested."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "asa_dist/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
+setup(
+    name="asa-dist",
+    version=VERSION,
+    description="Distributed training of language models that align themselves while they learn",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["asa_dist*"]), *find_packages("kernels", include=["asa_kernels*"])],
+    package_dir={"asa_kernels": "kernels/asa_kernels"},  # `kernels` itself is no package: Hugging Face owns that name
+    entry_points={"console_scripts": ["asa = asa_dist.cli:main"]},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.16.1,<5.20",  # the range vLLM 0.32 accepts
+        "tokenizers>=0.23,<0.24",
+        "ray>=2.60,<3",
+        "datasets>=5.2,<6",
+        "numpy>=2,<3",
+        "pyarrow>=24",
+        "pydantic>=2,<3",
+        "pyyaml>=6,<7",
+        "xxhash>=3",
+        "tqdm>=4",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.8"],
+        "vllm": ["vllm>=0.32,<0.33"],
+        "eval": ["lm-eval>=0.4.9"],
+        "dev": [
+            "hypothesis",
+            "import-linter>=2.3",
+            "mypy>=2",
+            "psutil>=7",
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "ruff>=0.17",
+            "types-PyYAML",
+        ],
+    },
+)

@@ -1,0 +1,172 @@
+"""The hf engine against plain full forwards: no cache, no padding, no batch, no compaction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from asa_dist.config import ModelConfig, RolloutConfig
+from asa_dist.records import Prompt, Response
+from asa_dist.rollout.engine import SamplingConfig, WeightLoadError
+from asa_dist.rollout.hf_engine import HfEngine
+from asa_dist.rollout.sampling import choose_tokens, gumbel_noise, sampling_keys
+from tests.rollout.tiny_model import EOS, VOCAB_SIZE, make_model
+
+SEED = 11
+
+
+def make_prompts(lengths: tuple[int, ...] = (1, 4, 9, 5)) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [Prompt(20 + i, 2, rng.integers(4, VOCAB_SIZE, n).astype(np.int32)) for i, n in enumerate(lengths)]
+
+
+def make_engine(folder: Path, dtype: str = "float32", *, seed: int = SEED, eos_token_id: int = EOS,
+                **sampling: float) -> HfEngine:
+    rollout = RolloutConfig(**{"responses_per_prompt": 5, "max_new_tokens": 20, **sampling})
+    return HfEngine(str(folder), ModelConfig(dtype=dtype), SamplingConfig(rollout, seed, eos_token_id), "cpu")
+
+
+def commonest_token(groups: list[tuple[Response, ...]]) -> int:
+    """The token that occurs in most responses."""
+    counts = Counter(token for responses in groups for r in responses for token in set(r.token_ids.tolist()))
+    return counts.most_common(1)[0][0]
+
+
+def slow_response(model: torch.nn.Module, prompt: Prompt, sibling: int, sampling: SamplingConfig) -> Response:
+    """One response, token by token, each from a full forward of one row."""
+    rollout, end = sampling.rollout, sampling.eos_token_id
+    tokens, logprobs, behaviours = [], [], []
+    key_B = sampling_keys(SEED, *(torch.tensor([x]) for x in (prompt.epoch, prompt.prompt_id, sibling)))
+    while len(tokens) < rollout.max_new_tokens and end not in tokens:
+        logits_BV = model(torch.tensor([[*prompt.token_ids.tolist(), *tokens]])).logits[:, -1]
+        token_B, logprob_B, behaviour_B = choose_tokens(
+            logits_BV, gumbel_noise(key_B, torch.tensor(len(tokens)), VOCAB_SIZE), temperature=rollout.temperature,
+            top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p)
+        tokens.append(int(token_B))
+        logprobs.append(float(logprob_B))
+        behaviours.append(float(behaviour_B))
+    return Response(np.array(tokens), np.array(logprobs), np.array(behaviours), end in tokens, ((0, 0),))
+
+
+@pytest.mark.parametrize(("tied", "key_value_heads", "sampling"), [
+    (False, 4, {}), (True, 2, {"temperature": 0.7}), (False, 1, {"temperature": 1.4, "top_p": 0.9, "top_k": 20}),
+    (True, 4, {"min_p": 0.05}),
+])
+def test_tokens_and_logprobs_equal_plain_forwards(
+        tmp_path: Path, tied: bool, key_value_heads: int, sampling: dict[str, float],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compaction included: the rows of this model end at different times, and the batch is seen to shrink."""
+    model = make_model(tmp_path, tied=tied, key_value_heads=key_value_heads)
+    endless = make_engine(tmp_path, eos_token_id=VOCAB_SIZE, **sampling)
+    endless.load(0, model.named_parameters())
+    engine = make_engine(tmp_path, eos_token_id=commonest_token(endless.generate(make_prompts())), **sampling)
+    engine.load(0, model.named_parameters())
+    batch_sizes = []
+    decode = engine._decode
+    monkeypatch.setattr(engine, "_decode", lambda batch, token_B, position: (
+        batch_sizes.append(len(token_B)), decode(batch, token_B, position))[1])
+    prompts = make_prompts()
+    groups = engine.generate(prompts)
+    assert min(batch_sizes) <= 10
+    ends = set()
+    for prompt, responses in zip(prompts, groups, strict=True):
+        assert len(responses) == 5
+        for sibling, found in enumerate(responses):
+            expected = slow_response(model, prompt, sibling, engine._sampling)
+            assert found.token_ids.tolist() == expected.token_ids.tolist()
+            assert found.finished == expected.finished == (found.token_ids[-1] == engine._sampling.eos_token_id)
+            np.testing.assert_allclose(found.logprob_T, expected.logprob_T, atol=1e-4, rtol=0)
+            np.testing.assert_allclose(found.behaviour_logprob_T, expected.behaviour_logprob_T, atol=1e-4, rtol=0)
+            assert found.spans == ((0, 0),)
+            ends.add((len(found.token_ids), found.finished))
+    assert (20, False) in ends and len(ends) > 3, ends  # truncated ones and several lengths were seen
+
+
+def test_record_dtypes(tmp_path: Path) -> None:
+    model = make_model(tmp_path, dtype=torch.bfloat16)
+    engine = make_engine(tmp_path, "bfloat16")
+    engine.load(4, model.named_parameters())
+    response = engine.generate(make_prompts())[0][0]
+    assert (response.token_ids.dtype, response.logprob_T.dtype, response.behaviour_logprob_T.dtype) == (
+        np.int32, np.float32, np.float32)
+    assert response.oldest_version == 4
+
+
+def test_end_of_text_first_is_one_token(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+    model.lm_head.weight.zero_()
+    # All logits are 0, so a token is the argument of its noise's maximum: take sibling 2's first one as end-of-text.
+    keys = sampling_keys(SEED, torch.full((5,), 2), torch.full((5,), 20), torch.arange(5))
+    first = gumbel_noise(keys, torch.tensor(0), VOCAB_SIZE).argmax(-1)
+    engine = make_engine(tmp_path, eos_token_id=int(first[2]))
+    engine.load(0, model.named_parameters())
+    response = engine.generate(make_prompts((3,)))[0][2]
+    assert response.token_ids.tolist() == [int(first[2])] and response.finished
+    assert response.logprob_T == pytest.approx(-np.log(VOCAB_SIZE), abs=1e-5)
+
+
+def test_same_bundle_gives_the_same_bits_and_another_seed_does_not(tmp_path: Path) -> None:
+    model = make_model(tmp_path)
+
+    def sampled(engine: HfEngine) -> list[bytes]:
+        groups = engine.generate(make_prompts())
+        return [array.tobytes() for group in groups for r in group for array in (r.token_ids, r.logprob_T)]
+
+    engines = [make_engine(tmp_path), make_engine(tmp_path), make_engine(tmp_path, seed=SEED + 1)]
+    for engine in engines:
+        engine.load(0, model.named_parameters())
+    first = sampled(engines[0])
+    torch.manual_seed(99)
+    assert sampled(engines[0]) == first == sampled(engines[1])
+    assert sampled(engines[2]) != first
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_load_is_bit_for_bit_and_in_place(tmp_path: Path, tied: bool, dtype: str) -> None:
+    trained = make_model(tmp_path, tied=tied, seed=5, dtype=getattr(torch, dtype))
+    engine = make_engine(tmp_path, dtype)
+    live = dict(engine._model.named_parameters())
+    addresses = {name: parameter.data_ptr() for name, parameter in live.items()}
+    assert ("lm_head.weight" in live) != tied
+    engine.load(7, trained.named_parameters())
+    assert engine.version == 7
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(live[name], parameter) and live[name].data_ptr() == addresses[name]
+    assert torch.equal(engine._model.lm_head.weight, trained.lm_head.weight)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def without_norm(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (without_norm, "version 2: 1 of 21 parameters are missing: model.norm.weight"),
+    (lambda t: {**t, "model.extra": torch.zeros(1)}, "the model has no parameter 'model.extra'"),
+    (lambda t: {**t, "model.norm.weight": torch.zeros(31)}, "model.norm.weight is torch.float32 .31,., the model"),
+    (lambda t: {**t, "model.norm.weight": torch.zeros(32).bfloat16()}, "model.norm.weight is torch.bfloat16"),
+])
+def test_load_refuses_before_it_touches_anything(
+        tmp_path: Path, change: Callable[[Tensors], Tensors], message: str) -> None:
+    model = make_model(tmp_path)
+    engine = make_engine(tmp_path)
+    engine.load(1, model.named_parameters())
+    before = {name: parameter.clone() for name, parameter in engine._model.named_parameters()}
+    with pytest.raises(WeightLoadError, match=message):
+        engine.load(2, change(dict(make_model(tmp_path, seed=5).named_parameters())).items())
+    assert engine.version == 1
+    assert all(torch.equal(parameter, before[name]) for name, parameter in engine._model.named_parameters())
+
+
+def test_generate_needs_weights(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    with pytest.raises(RuntimeError, match="no weights"):
+        make_engine(tmp_path).generate(make_prompts())

@@ -1,0 +1,138 @@
+"""The counter-based sampler: right distribution, independence, and nothing that depends on the batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from asa_dist.rollout.sampling import choose_tokens, gumbel_noise, sampling_keys, truncate
+
+
+def noise(seed: int, epoch: int, prompt_id: int, sibling: Tensor | int, position: int, vocab_size: int) -> Tensor:
+    rows = torch.as_tensor(sibling).reshape(-1)
+    key_B = sampling_keys(seed, torch.full_like(rows, epoch), torch.full_like(rows, prompt_id), rows)
+    return gumbel_noise(key_B, torch.tensor(position), vocab_size)
+
+
+def uniform(gumbel: Tensor) -> Tensor:
+    return torch.exp(-torch.exp(-gumbel.double()))
+
+
+def chi_square_z(counts: Tensor, probabilities: Tensor) -> float:
+    """(χ² − degrees of freedom) / its standard deviation: about N(0, 1) if the counts follow the probabilities."""
+    expected = probabilities.double() * counts.sum()
+    freedom = len(counts) - 1
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+
+
+def test_mixing_is_splitmix64() -> None:
+    """Java's SplittableRandom(0) starts with these outputs; computed here with Python's integers as well."""
+    from asa_dist.rollout import sampling
+
+    state = torch.tensor([1, 2, 3], dtype=torch.int64) * sampling._GOLDEN
+    found = [value % 2**64 for value in sampling._mix(state).tolist()]
+    assert found == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_choices_follow_softmax() -> None:
+    logits_V = torch.randn(11, generator=torch.Generator().manual_seed(0)) * 1.5
+    siblings = torch.arange(60_000)
+    token_B, logprob_B, behaviour_B = choose_tokens(
+        logits_V.expand(len(siblings), -1), noise(7, 0, 3, siblings, 0, 11), temperature=0.8)
+    assert abs(chi_square_z(token_B.bincount(minlength=11), (logits_V / 0.8).softmax(0))) < 4
+    assert torch.allclose(logprob_B, logits_V.log_softmax(0)[token_B], atol=1e-6)
+    assert torch.allclose(behaviour_B, (logits_V / 0.8).log_softmax(0)[token_B], atol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["seed", "epoch", "prompt_id", "sibling", "position", "token"])
+def test_noise_is_uniform_and_independent_along_every_field(field: str) -> None:
+    values = range(3000)
+    if field == "token":
+        series = uniform(noise(5, 1, 2, 3, 4, 3000))[0]
+    elif field == "sibling":
+        series = uniform(noise(5, 1, 2, torch.arange(3000), 4, 1))[:, 0]
+    else:
+        base = {"seed": 5, "epoch": 1, "prompt_id": 2, "sibling": 3, "position": 4, "vocab_size": 1}
+        series = torch.cat([uniform(noise(**{**base, field: value}))[:, 0] for value in values])
+    assert abs(chi_square_z(torch.histc(series.float(), 20, 0, 1).double(), torch.full((20,), 0.05))) < 4
+    for lag in (1, 2, 8):  # serial correlation, in standard deviations
+        a, b = series[:-lag] - 0.5, series[lag:] - 0.5
+        assert abs(float((a * b).mean() * 12 * len(a) ** 0.5)) < 4, lag
+
+
+def test_fields_are_not_interchangeable() -> None:
+    """Same numbers in other fields, equal seeds and epochs included, give other noise."""
+    seen = {noise(*fields, 1).item() for fields in itertools.product(range(4), repeat=5)}
+    assert len(seen) > 4**5 - 3  # float32 may coincide by chance, keys do not
+
+
+def test_noise_is_always_finite() -> None:
+    assert noise(0, 0, 0, torch.arange(1000), 0, 5000).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [0, -1, 2**63 - 1, -(2**63)])
+def test_noise_is_finite_for_extreme_bits(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asa_dist.rollout.sampling._mix", lambda x: torch.full_like(x, bits))
+    noise_BV = gumbel_noise(torch.zeros(1, dtype=torch.int64), torch.tensor(0), 3)
+    assert noise_BV.isfinite().all()
+    assert noise_BV.max() < 40
+
+
+def test_a_row_alone_equals_the_row_in_a_batch() -> None:
+    logits_BV = torch.randn(17, 301, generator=torch.Generator().manual_seed(1))
+    key_B = sampling_keys(9, torch.zeros(17, dtype=torch.int64), torch.arange(17) // 4, torch.arange(17) % 4)
+    position_B = torch.arange(17) * 3
+    together = choose_tokens(logits_BV, gumbel_noise(key_B, position_B, 301), temperature=1.3, top_p=0.9, top_k=50)
+    for row in range(17):
+        one = slice(row, row + 1)
+        alone = choose_tokens(logits_BV[one], gumbel_noise(key_B[one], position_B[one], 301), temperature=1.3,
+                              top_p=0.9, top_k=50)
+        assert alone[0] == together[0][row]
+        assert torch.allclose(torch.stack(alone[1:]), torch.stack(together[1:])[:, one], atol=1e-6)
+
+
+def slow_truncate(logits: list[float], top_p: float, top_k: int, min_p: float) -> set[int]:
+    """The tokens that stay, by definition, in float64."""
+    def probabilities(tokens: list[int]) -> dict[int, float]:
+        weights = {token: torch.tensor(logits[token]).double().exp().item() for token in tokens}
+        return {token: weight / sum(weights.values()) for token, weight in weights.items()}
+
+    kept = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if top_k:
+        kept = kept[:top_k]
+    if top_p < 1:
+        p, mass, nucleus = probabilities(kept), 0.0, []
+        for token in kept:
+            if nucleus and mass >= top_p:
+                break
+            nucleus.append(token)
+            mass += p[token]
+        kept = nucleus
+    p = probabilities(kept)
+    return {token for token in kept if p[token] >= min_p * max(p.values())}
+
+
+@pytest.mark.parametrize(("top_p", "top_k", "min_p"), [
+    (1.0, 0, 0.0), (1.0, 1, 0.0), (1.0, 5, 0.0), (1.0, 99, 0.0), (0.01, 0, 0.0), (0.6, 0, 0.0), (0.95, 0, 0.0),
+    (1.0, 0, 0.1), (1.0, 0, 0.7), (0.8, 6, 0.0), (0.9, 12, 0.05)])
+def test_truncation_equals_a_slow_reference(top_p: float, top_k: int, min_p: float) -> None:
+    logits_BV = torch.randn(23, 37, generator=torch.Generator().manual_seed(2)) * 2
+    logits_BV[0, 5:9] = logits_BV[0].max() + 1  # ties at the top
+    before = logits_BV.clone()
+    kept_BV = truncate(logits_BV, top_p, top_k, min_p)
+    assert torch.equal(logits_BV, before)
+    for row in range(23):
+        kept = set(kept_BV[row].isfinite().nonzero()[:, 0].tolist())
+        assert kept == slow_truncate(logits_BV[row].tolist(), top_p, top_k, min_p)
+        assert torch.equal(kept_BV[row, sorted(kept)], logits_BV[row, sorted(kept)])
+
+
+def test_behaviour_logprob_is_not_truncated() -> None:
+    logits_BV = torch.tensor([[3.0, 1.0, 0.0]])
+    token_B, logprob_B, behaviour_B = choose_tokens(logits_BV, torch.zeros(1, 3), temperature=2.0, top_k=1)
+    assert token_B.item() == 0
+    assert torch.allclose(logprob_B, logits_BV.log_softmax(-1)[:, 0])
+    assert torch.allclose(behaviour_B, (logits_BV / 2).log_softmax(-1)[:, 0])
