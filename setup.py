@@ -31,6 +31,7 @@ setup(
         "pydantic>=2,<3",
         "pyyaml>=6,<7",
         "xxhash>=3",
+        "psutil>=7",
         "tqdm>=4",
     ],
     extras_require={
@@ -41,7 +42,6 @@ setup(
             "hypothesis",
             "import-linter>=2.3",
             "mypy>=2",
-            "psutil>=7",
             "pytest>=9",
             "pytest-timeout>=2.4",
             "ruff>=0.17",

@@ -100,12 +100,8 @@ def sum_per_response(values_N: Tensor, groups: GroupTensors) -> Tensor:
     return sums_S[:-1].view(groups.num_groups, groups.group_size)
 
 
-def advantage(
-    used_PG: Tensor, kind: Literal["none", "group_mean", "group_norm", "leave_one_out"],
-) -> Tensor:
-    """Advantages from rewards, [P, G]."""
-    if kind == "none":
-        return used_PG
+def group_advantage(used_PG: Tensor, kind: Literal["group_mean", "group_norm", "leave_one_out"]) -> Tensor:
+    """Rewards relative to their group, [P, G]."""
     centred_PG = used_PG - used_PG.mean(1, keepdim=True)
     if kind == "group_mean":
         return centred_PG
@@ -145,12 +141,12 @@ def score_groups(
     own = self_reward(heads, groups, mean_entropy_PG, vocab_size, evaluator.uncertainty_weight)
     intrinsic = intrinsic_reward(groups, states, mean_logprob_PG.detach(), f1_PGG, evaluator.principles)
     self_PG = own.total(omega_3)
+    used_PG = used_reward(self_PG.detach(), intrinsic.total_PG, coefficients.tau)
     if objective.advantage == "none":  # the paper's A = R has no z-score
-        used_PG = coefficients.tau * self_PG.detach() + (1 - coefficients.tau) * intrinsic.total_PG
+        advantage_PG = coefficients.tau * self_PG.detach() + (1 - coefficients.tau) * intrinsic.total_PG
     else:
-        used_PG = used_reward(self_PG.detach(), intrinsic.total_PG, coefficients.tau)
-    return ScoredGroups(
-        own, intrinsic, omega_3, self_PG, used_PG, advantage(used_PG, objective.advantage), f1_PGG, mean_logprob_PG)
+        advantage_PG = group_advantage(used_PG, objective.advantage)
+    return ScoredGroups(own, intrinsic, omega_3, self_PG, used_PG, advantage_PG, f1_PGG, mean_logprob_PG)
 
 
 def generator_loss(scored: ScoredGroups, scores: TokenScores, weight_N: Tensor, groups: GroupTensors, counts: GlobalCounts) -> Tensor:
@@ -270,7 +266,7 @@ def _rollout_sums(scores: TokenScores, groups: GroupTensors, weight_N: Tensor, c
                 & (groups.content_length_PG.unsqueeze(1) == groups.content_length_PG.unsqueeze(2)))
     is_first_PG = same_PGG.float().argmax(-1) == torch.arange(groups.group_size, device=same_PGG.device)
     return {
-        "rollout/mismatch_kl": (log_ratio_N.exp() - 1 - log_ratio_N).sum(),  # ≥ 0, unbiased for KL(behaviour ‖ π)
+        "rollout/mismatch_kl": (torch.expm1(log_ratio_N) - log_ratio_N).sum(),  # ≥ 0, unbiased for KL(behaviour ‖ π)
         "rollout/entropy": (scores.entropy_N * is_response_N).sum(),
         "rollout/importance_mean": (weight_N * is_response_N).sum(), "rollout/clipped_fraction": clipped_N.sum(),
         "rollout/length_mean": groups.length_PG.sum(), "rollout/distinct_fraction": is_first_PG.sum(),

@@ -16,6 +16,7 @@ from asa_dist.asa.heads import NUM_FEATURES, NUM_TERMS
 from asa_dist.config import EvaluatorConfig
 
 STD_FLOOR = 0.05  # of z-scores and of group-normalised advantages
+TIE_TOLERANCE = 1e-6
 MIN_RANKABLE_STD = 1e-3  # groups flatter than this have no order to compare
 
 
@@ -26,9 +27,13 @@ def z_score(reward_PG: Tensor) -> Tensor:
 
 
 def average_ranks(values_PG: Tensor) -> Tensor:
-    """Ranks 1 … G within the group; equal values share the mean of their ranks."""
-    less_PG = (values_PG.unsqueeze(1) < values_PG.unsqueeze(2)).sum(-1)
-    equal_PG = (values_PG.unsqueeze(1) == values_PG.unsqueeze(2)).sum(-1)
+    """Ranks 1 … G within the group; equal values share the mean of their ranks.
+
+    Rewards of equal responses differ in their last bits, by their place in the batch: within ``TIE_TOLERANCE`` is equal.
+    """
+    above_PGG = values_PG.unsqueeze(2) - values_PG.unsqueeze(1)
+    less_PG = (above_PGG > TIE_TOLERANCE).sum(-1)
+    equal_PG = (above_PGG.abs() <= TIE_TOLERANCE).sum(-1)
     return less_PG + (equal_PG + 1) / 2
 
 

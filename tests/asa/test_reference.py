@@ -60,8 +60,11 @@ def _response(token_ids: list[int], state: Any, probability: float = 0.5, uncert
 
 def _pair_of_responses() -> RefGroup:
     """Worked by hand below: cosine 0.6, F1 ⅔, no response with two claims."""
-    first = _response([10, 11, FULL_STOP, END], (1.0, 0.0), probability=0.5, uncertainty=0.2)
+    first = _response([10, 11, FULL_STOP, END], [(1.0, 1.0), (1.0, 0.0), (1.0, 0.0), (1.0, -1.0)])
     second = _response([10, 11, 13], (0.6, 0.8), probability=0.25, uncertainty=0.4)
+    # Only with the end-of-text do the means come out as (1, 0), −ln 2 and 0.2.
+    first.logprob[:] = [0, -LN2, -LN2, -2 * LN2]
+    first.entropy[:] = np.array([0, 0.1, 0.2, 0.5]) * math.log(VOCAB)
     first.behaviour_logprob[-1] -= math.log(4)  # w = 4, capped at 2
     second.behaviour_logprob += LN2  # w = ½
     return RefGroup(prompt_middle=np.array([[2.0, 0.0], [0.0, 0.0]]), responses=[first, second])
@@ -100,8 +103,8 @@ def test_advantages_and_losses_of_two_responses() -> None:
 
     losses = result.losses
     assert losses.mle == pytest.approx(2)
-    # −(1·5·ln ½ − 1·1.5·ln ¼) / 7 tokens
-    assert losses.self_align_psi == pytest.approx((5 * LN2 - 3 * LN2) / 7)
+    # advantages ±1 times Σ w·log-prob: −(0 + 1 + 1 + 2·2)·ln 2 and −½·(2 + 2 + 2)·ln 2, over 7 tokens
+    assert losses.self_align_psi == pytest.approx((6 * LN2 - 3 * LN2) / 7)
     # mean log-probs −ln 2 and −2 ln 2 lie ½ ln 2 from their mean
     assert losses.self_align_phi == pytest.approx(-(1.2 / 3 - 1.1 / 3) * 0.5 * LN2 / 2)
     meta = ((1.2 / 3 - 49 / 72) ** 2 + (1.1 / 3 - 391 / 720) ** 2) / 2
@@ -110,7 +113,7 @@ def test_advantages_and_losses_of_two_responses() -> None:
     assert losses.indicator == pytest.approx(LN2)  # of ½, whatever the target
     principles = (0.25 + 0.01) / 2 + 0.25 + (0.25 + 0.25) / 2 + (0 + 0.0625) / 2
     assert losses.principles == pytest.approx(principles)
-    self_align = 2 * LN2 / 7 - LN2 / 120
+    self_align = 3 * LN2 / 7 - LN2 / 120
     assert losses.total == pytest.approx(0.5 * 2 + 0.4 * self_align + 0.1 * meta + 1 / 225 + LN2 + principles)
 
 
@@ -145,7 +148,7 @@ def test_other_corrections() -> None:
 
 def test_other_phi_losses() -> None:
     assert _step([_pair_of_responses()], phi_self_align="off").losses.self_align_phi == 0
-    # sums of log-probs: 4·ln ½ and 3·ln ¼
+    # sums of log-probs: −4·ln 2 and −6·ln 2
     expected = (0.4 * 4 * LN2 + 1.1 / 3 * 6 * LN2) / 2
     assert _step([_pair_of_responses()], phi_self_align="paper").losses.self_align_phi == pytest.approx(expected)
 
@@ -178,10 +181,10 @@ def test_heads_with_weights() -> None:
     def sigma(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
-    # embeddings (1, 0) and (0.6, −0.8)
+    # embeddings (1, 0) and (0.6, −0.8); claims (1, ⅓), without the end-of-text, and (0.6, 0.8)
     assert first.logic == pytest.approx(0.6 * sigma(1 - 1.6 + 0.5))
     assert second.logic == pytest.approx(0.6 * sigma(0.6 + 0 + 0.5))
-    assert (first.fact_score, second.fact_score) == pytest.approx((sigma(-1), sigma(-0.2)))
+    assert (first.fact_score, second.fact_score) == pytest.approx((sigma(1 / 3 - 1), sigma(0.8 - 1)))
     assert first.behav == pytest.approx(sigma(1) / 2 + sigma(1) / 6 + 0.5 / 3)
     assert second.behaviour_scores["relevance"] == pytest.approx(sigma(0.6))
     logits = (1 - 1.6 + 0.5, 0.6 + 0.5)
@@ -220,7 +223,7 @@ def test_raw_embedding_pools_final_states_without_centre_or_projection() -> None
     assert terms[1].fact_score == pytest.approx(1 / (1 + math.exp(-3)))
 
 
-# --- coherence, empty responses ------------------------------------------------------------------------
+# --- coherence, empty responses --------------------------------------------------------------------------------
 def test_coherence_of_claims_and_of_the_responses_without() -> None:
     """Claims pool to (1, 0), (1, 1), (0, 1): neighbouring cosines √½ and √½."""
     claim = [10, 11, FULL_STOP]
@@ -286,11 +289,11 @@ def test_finished_contradicting_the_tokens_is_an_error() -> None:
         _step([group])
 
 
-# --- trust -------------------------------------------------------------------------------------------------------
+# --- trust -----------------------------------------------------------------------------------------------------
 def test_trust_averages_the_valid_groups() -> None:
-    """The second group's responses are the first's in mirrored roles; the third is flat in R_self."""
+    """The second group's better response is the less certain one; the third group is flat in R_self."""
     agree, flat = _pair_of_responses(), _pair_of_responses()
-    flat.responses[1].entropy = flat.responses[0].entropy[:3]
+    flat.responses[1].entropy = np.full(3, 0.2 * math.log(VOCAB))
     disagree = _pair_of_responses()
     disagree.responses[0].entropy *= 4
     result = _step([agree, disagree, flat], state=replace(STATE, rho=-0.4))

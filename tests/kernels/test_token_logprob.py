@@ -137,6 +137,7 @@ def test_weight_freed_and_refilled_between_the_passes() -> None:
     hidden_NH.requires_grad_()
     weight = torch.nn.Parameter(weight_VH.clone())
     outputs = token_logprob(hidden_NH, weight, target_N)
+    assert outputs[0].grad_fn.saved_tensors[1] is weight  # a copy would hold the gathered weight until the backward
     generator = torch.Generator().manual_seed(99)
     loss = sum((output * torch.randn(9, generator=generator)).sum() for output in outputs)
     weight.data = torch.empty(0)
