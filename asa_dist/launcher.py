@@ -96,7 +96,7 @@ def run_training(config: Config, config_path: Path, overrides: Sequence[str], ru
         else:
             environment["DS_ACCELERATOR"] = "cpu"
         command = [
-            sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_accelerators", str(config.num_ranks),
+            sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull, "--num_accelerators", str(config.num_ranks),
             "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "asa_dist.train",
             str(config_path), *overrides, "--run-dir", str(run_dir), "--ray-address", ray.address]
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)

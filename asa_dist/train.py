@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asa_dist.config import Config, ConfigError, build_config, dump_config, load_config
 
@@ -115,15 +115,16 @@ def _join_ray(config: Config, placement: Placement, address: str | None, weight_
         if config.rollout.gpus_per_worker:
             raise ConfigError("rollout.gpus_per_worker: started without `asa train`, the launcher owns the GPUs; "
                               "start Ray with the rollout GPUs and pass --ray-address")
-        told: list[object] = [None, None]
+        told: list[Any] = [None, None]
         if placement.rank == 0:
             handle = start_local_ray(config.rollout.workers * config.rollout.threads_per_worker, 0, object_store_bytes(weight_bytes))
             told = [handle.address, handle.environment]
         dist.broadcast_object_list(told, src=0)
-        address, environment = told
-        os.environ.update(environment)
+        os.environ.update(told[1])
+        connect(told[0])
+        return handle
     connect(address)
-    return handle
+    return None
 
 
 def object_store_bytes(weight_bytes: int) -> int:

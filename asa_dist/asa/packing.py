@@ -10,7 +10,7 @@ its *content* does not (emptiness, token overlap, n-grams, claims).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
@@ -225,5 +225,4 @@ def join(corpus: MicroBatch, rollouts: MicroBatch) -> MicroBatch:
         ("behaviour_logprob_N", 0.0), ("sampled_logprob_N", 0.0))}
     rows = {name: torch.cat([getattr(corpus, name), getattr(rollouts, name)]) for name in (
         "input_ids_RT", "position_ids_RT", "segment_RT", "target_RT", "is_corpus_RT")}
-    kept = {field.name: getattr(groups, field.name) for field in fields(groups) if field.name not in moved}
-    return MicroBatch(**rows, groups=GroupTensors(**kept, **moved))
+    return MicroBatch(**rows, groups=replace(groups, **moved))

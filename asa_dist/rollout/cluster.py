@@ -15,6 +15,7 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,13 +27,17 @@ from types import TracebackType
 from typing import Any
 
 from asa_dist.config import ModelConfig
-from asa_dist.rollout.calls import wait_for
-from asa_dist.rollout.coordinator import Coordinator
+from asa_dist.rollout.calls import RolloutTimeout, wait_for
+from asa_dist.rollout.coordinator import Coordinator, RolloutFailure
 from asa_dist.rollout.engine import SamplingConfig
 from asa_dist.rollout.worker import RolloutWorker
 
 COORDINATOR_NAME = "coordinator"  # within the run's namespace
 STOP_GRACE_SECONDS = 10.0
+CONNECT_TIMEOUT_SECONDS = 10.0
+# Ray replaces 127.0.0.1 by the host's outside address and listens on all interfaces, unless it believes that it is on
+# a system without clusters; this is its only switch for that, the name notwithstanding.
+LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class ClusterError(Exception):
@@ -87,9 +92,7 @@ def start_local_ray(num_cpus: int, num_gpus: int, object_store_bytes: int, temp_
     folder.mkdir(parents=True, exist_ok=True)
     environment = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray replaces 127.0.0.1 by the host's outside address and listens on all interfaces, unless it believes that
-        # it is on a system without clusters; this is its only switch for that, the name notwithstanding.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        LOOPBACK_SWITCH: "0",
     }
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_bytes": object_store_bytes,
                "temp_dir": str(folder.resolve()), "remove_temp_dir": temp_dir is None}
@@ -156,14 +159,25 @@ def connect(address: str) -> None:
     Raises:
         ClusterError: nothing answers there, or it does not accept this process.
     """
+    # Ray itself would retry for minutes in silence if one of these is amiss.
+    host, _, port = address.rpartition(":")
+    for variable in ("RAY_AUTH_MODE", LOOPBACK_SWITCH) if host.startswith("127.") else ("RAY_AUTH_MODE",):
+        if variable not in os.environ:
+            raise ClusterError(f"cannot connect to Ray at {address}: set {variable} in the environment as the cluster "
+                               "has it (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, or disabled, on every host)")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"cannot connect to Ray at {address!r} (host:port of its head): {error}") from None
+
     import ray
 
     sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     except Exception as error:
-        raise ClusterError(f"cannot connect to Ray at {address}: {error}. Is it running, and were RAY_AUTH_MODE and "
-                           "RAY_AUTH_TOKEN of this process those of the cluster before it started?") from error
+        raise ClusterError(f"cannot connect to Ray at {address}: {error}. Are RAY_AUTH_MODE and RAY_AUTH_TOKEN "
+                           "of this process those of the cluster?") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, sigterm_handler)  # Ray takes it for itself
 
@@ -224,7 +238,8 @@ class RolloutSystem:
 
         self._stopping.set()
         self._watcher.join()
-        wait_for(self._coordinator.stop.remote(), self._timeout_seconds, "the coordinator to stop")
+        with contextlib.suppress(RolloutFailure, RolloutTimeout):  # it is gone or stuck: all are ended below anyway
+            wait_for(self._coordinator.stop.remote(), self._timeout_seconds, "the coordinator to stop")
         ray.wait(list(self._worker_of_run), num_returns=len(self._worker_of_run), timeout=STOP_GRACE_SECONDS)
         for actor in (*self._workers.values(), self._coordinator):
             ray.kill(actor)

@@ -46,7 +46,7 @@ def shard_num_bytes(tensors: Iterable[TensorSpec], dtype: str) -> int:
 
 def checksum(buffer: np.ndarray) -> str:
     """xxh3_128 of a contiguous uint8 array, hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(memoryview(buffer))
+    return xxhash.xxh3_128_hexdigest(buffer.data)
 
 
 def shard_record(rank: int, buffer: np.ndarray) -> ShardRecord:
@@ -97,6 +97,7 @@ class ShardBuffer:
         self._rank = rank
         numel = sum(spec.shard_numel for spec in self._tensors)
         pinned = torch.cuda.is_available()
+        # Zeroed once: what is padding is never written.
         self._slots = [torch.zeros(numel, dtype=self._dtype, pin_memory=pinned) for _ in range(2)]
 
     def copy_in(self, version: int, pieces: Iterable[Tensor]) -> np.ndarray:
@@ -105,7 +106,8 @@ class ShardBuffer:
         Args:
             version: the policy version, for error messages.
             pieces: flat tensors in manifest order, in the compute dtype, on any device; each
-                :func:`piece_of_rank`, or padded to ``shard_numel`` like ZeRO-3's ``ds_tensor``. Padding is zeroed.
+                :func:`piece_of_rank`, or padded to ``shard_numel`` like ZeRO-3's ``ds_tensor``. In the
+                shard the padding is zero.
 
         Returns:
             The shard: flat uint8, a view of the slot, valid until the copy after the next.
@@ -122,7 +124,6 @@ class ShardBuffer:
                                  f"{tuple(piece.shape)}, expected {self._dtype} ({length},), or "
                                  f"({spec.shard_numel},) with padding")
             slot[start:start + length].copy_(piece[:length], non_blocking=True)
-            slot[start + length:start + spec.shard_numel].zero_()
             start += spec.shard_numel
         if slot.is_pinned():
             torch.cuda.synchronize()  # the copies were only enqueued

@@ -6,6 +6,7 @@ import datetime
 import logging
 import math
 import resource
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,8 @@ def join_process_group(placement: Placement, timeout_seconds: float) -> None:
     DeepSpeed's own initialisation passes ``device_id``, which has hung other groups; and its shared-memory op would be
     compiled for a minute at the first CPU run.
     """
+    # DeepSpeed still calls collectives by their old names, a line of warning for every call
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     on_cuda = placement.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(placement.device)
@@ -215,7 +218,7 @@ class TrainEngine:
             if part != PSI:
                 continue
             if self.config.train.zero_stage == 3:
-                yield parameter.ds_tensor.detach().flatten()
+                yield parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]  # ZeRO-3 adds it
             else:
                 size = -(-parameter.numel() // num_ranks)
                 yield parameter.detach().flatten()[rank * size:(rank + 1) * size]

@@ -160,7 +160,7 @@ def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: boo
             Path(config.model.name_or_path).expanduser(), config=trunk, attn_implementation=attention,
             dtype=torch.float32, trust_remote_code=False)
     projection = lm.get_output_embeddings()
-    if not isinstance(projection, nn.Linear) or projection.bias is not None:
+    if not isinstance(projection, nn.Linear) or getattr(projection, "bias", None) is not None:
         raise ModelError(f"{type(lm).__name__}: its output projection is not a plain Linear without bias")
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

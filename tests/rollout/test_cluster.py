@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,15 @@ from asa_dist.config import ModelConfig, RolloutConfig
 from asa_dist.records import Prompt, RolloutGroup
 from asa_dist.rollout.calls import RolloutTimeout
 from asa_dist.rollout.client import RolloutClient
-from asa_dist.rollout.cluster import ClusterError, RayHandle, RolloutSystem, connect, disconnect, start_local_ray
+from asa_dist.rollout.cluster import (
+    LOOPBACK_SWITCH,
+    ClusterError,
+    RayHandle,
+    RolloutSystem,
+    connect,
+    disconnect,
+    start_local_ray,
+)
 from asa_dist.rollout.coordinator import RolloutFailure
 from asa_dist.rollout.engine import SamplingConfig
 from asa_dist.rollout.hf_engine import HfEngine
@@ -111,8 +120,8 @@ def test_ray_listens_on_loopback_only(local_ray: RayHandle) -> None:
 
 def test_publish_generate_take_and_a_workers_death(local_ray: RayHandle, tmp_path: Path) -> None:
     models = [make_model(tmp_path, tied=True, seed=seed) for seed in range(2)]
-    system = RolloutSystem.start("good", str(tmp_path), ModelConfig(), SAMPLING, groups_per_lease=1)
-    clients = make_clients("good", models[0])
+    system = RolloutSystem.start("/runs/good", str(tmp_path), ModelConfig(), SAMPLING, groups_per_lease=1)
+    clients = make_clients("/runs/good", models[0])
     try:
         for step, model in enumerate(models):  # max_policy_age 0: version = step
             publish(clients, step, model)
@@ -124,7 +133,7 @@ def test_publish_generate_take_and_a_workers_death(local_ray: RayHandle, tmp_pat
         for client in clients:
             client.wait_published()
 
-        impatient = make_clients("good", models[0], timeout_seconds=0.5)[1]
+        impatient = make_clients("/runs/good", models[0], timeout_seconds=0.5)[1]
         with pytest.raises(RolloutTimeout, match=r"host .*: waited 0.5 s for the rollouts of step 2 for rank 1 of 2. "
                                                  r"Coordinator: newest complete version 1; .*open steps: none"):
             impatient.take(2)
@@ -149,6 +158,22 @@ def test_errors_of_workers_and_ranks_reach_every_take(local_ray: RayHandle, tmp_
             client.close()
     finally:
         system.stop()
+
+
+def test_connect_names_what_is_amiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        with pytest.raises(ClusterError, match=f"cannot connect to Ray at {address}: set RAY_AUTH_MODE"):
+            connect(address)
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        monkeypatch.delenv(LOOPBACK_SWITCH, raising=False)
+        with pytest.raises(ClusterError, match=f"set {LOOPBACK_SWITCH}"):
+            connect(address)
+        monkeypatch.setenv(LOOPBACK_SWITCH, "0")
+        with pytest.raises(ClusterError, match=f"cannot connect to Ray at '{address}'.*refused"):
+            connect(address)
 
 
 def test_too_small_a_ray_is_an_error_at_once(local_ray: RayHandle, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_dead_workers_leases_are_reissued_in_order() -> None:
     async def scenario() -> None:
         coordinator = make_coordinator(max_policy_age=1)
         await publish(coordinator, 0)
-        for step in (0, 1):
+        for step in (0, 1, 2):  # step 2 needs version 1
             await coordinator.submit_prompts(step, make_prompts(step))
         lost = [await coordinator.lease("dead", 0) for _ in range(3)]
         last = await coordinator.lease("alive", 0)

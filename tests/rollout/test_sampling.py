@@ -69,6 +69,12 @@ def test_fields_are_not_interchangeable() -> None:
     assert len(seen) > 4**5 - 3  # float32 may coincide by chance, keys do not
 
 
+def test_positions_and_tokens_do_not_share_noise() -> None:
+    """A stream of one position must not continue in that of the next, shifted by a token."""
+    grid = torch.cat([noise(5, 1, 2, 3, position, 64) for position in range(64)])
+    assert grid.unique().numel() > 64 * 64 - 10
+
+
 def test_noise_is_always_finite() -> None:
     assert noise(0, 0, 0, torch.arange(1000), 0, 5000).isfinite().all()
 

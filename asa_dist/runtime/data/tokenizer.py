@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asa_dist.asa.packing import TextTables
 from asa_dist.runtime.data.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from asa_dist.asa.packing import TextTables
 
 END_OF_TEXT = "<|endoftext|>"
 TEXTS_PER_CALL = 256  # enough for the tokenizer's own threads
@@ -91,6 +92,8 @@ def token_tables(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TextTab
 
     A piece of a multi-byte character decodes to U+FFFD: visible, and ends nothing. Special tokens count as blank.
     """
+    from asa_dist.asa.packing import TextTables  # brings torch
+
     pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], skip_special_tokens=True,
                                     clean_up_tokenization_spaces=False)
     pieces += [""] * (vocab_size - len(pieces))

@@ -10,13 +10,17 @@ import numpy as np
 from asa_dist.config import DataConfig, RolloutConfig, SourceConfig, TokenizerConfig, TrainTokenizerConfig
 from asa_dist.runtime.data.prepare import DataSummary, prepare
 
-WORDS = ["river", "stone", "window", "lantern", "harbour", "meadow", "copper", "thread", "winter", "morning", "letter", "garden", "bridge", "shadow", "engine", "signal", "mirror", "valley", "candle", "market"]
+WORDS = (
+    "river", "stone", "window", "lantern", "harbour", "meadow", "copper", "thread", "winter", "morning",
+    "letter", "garden", "bridge", "shadow", "engine", "signal", "mirror", "valley", "candle", "market",
+)
 
 
 def documents(num_documents: int, seed: int = 0) -> list[str]:
     """Distinct documents of 5 to 60 words."""
     rng = np.random.default_rng(seed)
-    return [f"No. {number}: {' '.join(rng.choice(WORDS, size=rng.integers(5, 61)))}." for number in range(num_documents)]
+    bodies = (" ".join(rng.choice(WORDS, size=rng.integers(5, 61))) for _ in range(num_documents))
+    return [f"No. {number}: {body}." for number, body in enumerate(bodies)]
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
@@ -25,11 +29,9 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
 
 
 def write_dataset(folder: Path, texts: list[str]) -> Path:
-    """A folder ``datasets`` loads by name."""
-    import datasets
-
+    """A folder ``datasets`` loads by name. Of jsonl: it ends every shuffled pass over parquet with a sleep of 5 s."""
     folder.mkdir()
-    datasets.Dataset.from_dict({"text": texts}).to_parquet(folder / "train.parquet")
+    write_jsonl(folder / "train.jsonl", texts)
     return folder
 
 
@@ -41,8 +43,10 @@ def data_config(*sources: SourceConfig, **changes: object) -> DataConfig:
 
 
 def rollout_config(**changes: object) -> RolloutConfig:
-    return RolloutConfig.model_validate({"min_prompt_tokens": 3, "max_prompt_tokens": 9, "max_new_tokens": 8, **changes})
+    return RolloutConfig.model_validate({"min_prompt_tokens": 3, "max_prompt_tokens": 9, **changes})
 
 
-def prepare_quietly(data: DataConfig, run_dir: Path, rollout: RolloutConfig | None = None, seed: int = 0) -> DataSummary:
+def prepare_quietly(
+    data: DataConfig, run_dir: Path, rollout: RolloutConfig | None = None, seed: int = 0,
+) -> DataSummary:
     return prepare(data, rollout or rollout_config(), seed, run_dir, lambda message: None)

@@ -14,6 +14,7 @@ from asa_dist.runtime.data import prepare as prepare_module
 from asa_dist.runtime.data.errors import DataError
 from asa_dist.runtime.data.prepare import prepare
 from asa_dist.runtime.data.rows import CorpusRows
+from asa_dist.runtime.data.sources import is_heldout
 from asa_dist.runtime.data.tokenizer import train_tokenizer
 from tests.runtime.data.corpora import (
     data_config,
@@ -74,7 +75,7 @@ def test_a_smaller_vocabulary_than_asked_for_is_said(tmp_path: Path) -> None:
 
 def test_the_tokenizer_never_saw_held_out_text(tmp_path: Path) -> None:
     texts = documents(80)
-    heldout = [text for text in texts if corpus.is_heldout(text, 0.1)]
+    heldout = [text for text in texts if is_heldout(text, 0.1)]
     assert heldout
     for name, kept in (("all", texts), ("training", [text for text in texts if text not in heldout])):
         path = write_jsonl(tmp_path / f"{name}.jsonl", kept)
@@ -165,3 +166,8 @@ def test_two_kinds_of_sources_together(data: DataConfig, tmp_path: Path) -> None
     rows = CorpusRows(tmp_path / "run", both, seed=0)
     assert rows.rows(0, 40).input_ids_RT.shape == (40, 32)
     assert rows.heldout_rows(8).input_ids_RT.shape[0] > 1
+
+
+def test_preparing_twice_gives_the_same_bytes(data: DataConfig, tmp_path: Path) -> None:
+    assert prepare_quietly(data, tmp_path / "a") == prepare_quietly(data, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")

@@ -40,11 +40,13 @@ def test_parquet_and_dataset_folders_give_the_same_documents(tmp_path: Path) -> 
     import datasets
 
     texts = documents(30)
-    folder = write_dataset(tmp_path / "loaded", texts)
+    write_dataset(tmp_path / "loaded", texts)
+    (tmp_path / "parquet").mkdir()
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "parquet" / "train.parquet")
     datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(tmp_path / "saved_splits")
-    assert read(SourceConfig(kind="parquet", path=str(folder))) == texts
-    for name in ("loaded", "saved", "saved_splits"):
+    assert read(SourceConfig(kind="parquet", path=str(tmp_path / "parquet"))) == texts
+    for name in ("loaded", "parquet", "saved", "saved_splits"):
         for streaming in (False, True):
             assert read(SourceConfig(kind="dataset", name=str(tmp_path / name), streaming=streaming)) == texts
 
@@ -91,15 +93,20 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
     folder = write_dataset(tmp_path / "d", documents(3))
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "fine.parquet")
+    (tmp_path / "empty").mkdir()
     cases = [
         (SourceConfig(kind="dataset", name=str(folder), split="nope"), r"data\.sources\.0 \(dataset .*split 'nope'"),
         (SourceConfig(kind="dataset", name=str(folder), split="nope", streaming=True), "split 'nope' cannot be loaded"),
         (SourceConfig(kind="dataset", name=str(folder), text_field="body"), "record 0: no field 'body'; fields: text"),
-        (SourceConfig(kind="parquet", path=str(folder), text_field="body"), "no column 'body'; columns: text"),
+        (SourceConfig(kind="parquet", path=str(tmp_path / "fine.parquet"), text_field="body"),
+         "no column 'body'; columns: text"),
         (SourceConfig(kind="parquet", path=str(tmp_path / "broken.parquet")), r"broken\.parquet: cannot be read"),
-        (SourceConfig(kind="jsonl", path=str(folder)), r"no \*\.jsonl file"),
+        (SourceConfig(kind="jsonl", path=str(tmp_path / "empty")), r"no \*\.jsonl file"),
     ]
     for source, message in cases:
         with pytest.raises(DataError, match=message):

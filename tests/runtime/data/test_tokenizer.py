@@ -23,7 +23,7 @@ TEXTS = ["Plain words.", "naïve café — 日本語 🙂\n\tindented", f"before
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train_tokenizer(documents(200), 400)
+    return train_tokenizer(documents(200), 300)
 
 
 def with_bos(folder: Path) -> Any:
@@ -31,7 +31,7 @@ def with_bos(folder: Path) -> Any:
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    fast = train_tokenizer(documents(50), 300)
+    fast = train_tokenizer(documents(50), 280)
     fast.add_special_tokens({"bos_token": "<s>"})
     backend = fast.backend_tokenizer
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", fast.bos_token_id)])
@@ -42,7 +42,7 @@ def with_bos(folder: Path) -> Any:
 def test_saved_and_loaded_it_is_the_same(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = load_tokenizer(tmp_path)
-    assert (len(loaded), loaded.eos_token, loaded.eos_token_id) == (400, END_OF_TEXT, 0)
+    assert (len(loaded), loaded.eos_token, loaded.eos_token_id) == (300, END_OF_TEXT, 0)
     for before, after in zip(encode_documents(tokenizer, TEXTS), encode_documents(loaded, TEXTS), strict=True):
         np.testing.assert_array_equal(before, after)
 
@@ -66,7 +66,7 @@ def test_beginning_of_text_only_if_the_tokenizer_adds_it(tokenizer: Any, tmp_pat
     tokens, = encode_documents(adding, ["river stone"])
     assert (tokens[0], tokens[-1]) == (adding.bos_token_id, adding.eos_token_id)
     assert (tokens[1:-1] > 0).all() and adding.decode(tokens[1:-1].tolist()) == "river stone"
-    silent = train_tokenizer(documents(50), 300)
+    silent = train_tokenizer(documents(50), 280)
     silent.add_special_tokens({"bos_token": "<s>"})
     prompt, = encode_prompts(silent, ["river stone"])
     assert silent.bos_token_id not in prompt
@@ -117,3 +117,11 @@ def test_unusable_tokenizers_are_named(tokenizer: Any, tmp_path: Path) -> None:
         load_pretrained_tokenizer(str(tmp_path / "empty"))
     with pytest.raises(DataError, match="was not prepared"):
         load_tokenizer(tmp_path)
+
+
+def test_a_model_may_have_more_ids_than_its_tokenizer(tokenizer: Any) -> None:
+    tables = token_tables(tokenizer, len(tokenizer) + 5)
+    assert tables.blank_V.shape == (len(tokenizer) + 5,)
+    assert tables.blank_V[-5:].all()
+    assert not tables.claim_end_V[-5:].any()
+    assert not tables.sentence_end_V[-5:].any()
