@@ -38,6 +38,7 @@ class ArchitectureConfig(Section):
     num_key_value_heads: PositiveInt = Field(4, description="key/value heads; fewer than query heads = GQA")
     max_position_embeddings: PositiveInt = Field(512, description="context length in tokens")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
+    initializer_std: float = Field(0.02, gt=0, le=1.0, description="standard deviation of initial weights; small widths want more")
     tie_word_embeddings: bool = Field(True, description="input embedding = output projection")
 
 

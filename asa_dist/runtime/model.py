@@ -119,7 +119,7 @@ def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int) -> Pre
             vocab_size=vocab_size, hidden_size=arch.hidden_size, intermediate_size=arch.intermediate_size,
             num_hidden_layers=arch.num_layers, num_attention_heads=arch.num_attention_heads,
             num_key_value_heads=arch.num_key_value_heads, max_position_embeddings=arch.max_position_embeddings,
-            rope_theta=arch.rope_theta, tie_word_embeddings=arch.tie_word_embeddings,
+            rope_theta=arch.rope_theta, initializer_range=arch.initializer_std, tie_word_embeddings=arch.tie_word_embeddings,
             bos_token_id=None, eos_token_id=eos_token_id, pad_token_id=None, use_cache=True)
     try:
         loaded = AutoConfig.from_pretrained(Path(config.name_or_path).expanduser(), trust_remote_code=False)

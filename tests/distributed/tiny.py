@@ -18,7 +18,7 @@ COEFFICIENTS = StepCoefficients(alpha=0.5, beta=0.4, gamma=0.1, tau=0.6)
 
 
 def config(stage: int, num_ranks: int = 1, accumulation_steps: int = 1, **changes: Any) -> Config:
-    """Two sub-groups at least and no persistent parameters: ZeRO-3 in earnest."""
+    """Two sub-groups at least and no persistent parameters: ZeRO-3 in earnest. Changes: ``section__field`` or a section."""
     tree: dict[str, Any] = {
         "model": {"architecture": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_attention_heads": 2,
                                    "num_key_value_heads": 1, "tie_word_embeddings": True}, "logprob_chunk_tokens": 37},
@@ -31,6 +31,9 @@ def config(stage: int, num_ranks: int = 1, accumulation_steps: int = 1, **change
                   "zero_persistence_threshold": 0, "zero_sub_group_size": 5000},
     }
     for key, value in changes.items():
+        if isinstance(value, dict):
+            tree[key] = value
+            continue
         section, _, name = key.partition("__")
         if name in tree["model"]["architecture"]:
             tree["model"]["architecture"][name] = value
@@ -74,3 +77,9 @@ def inputs() -> StepInputs:
     return StepInputs(COEFFICIENTS, counts, center_H, torch.tensor([0.7, 0.1, -0.2, 0.3, 0.05]))
 
 
+
+
+def corpus_part(batch: MicroBatch) -> MicroBatch:
+    """The corpus rows of a micro-batch alone."""
+    rows = batch.is_corpus_RT.all(1)
+    return corpus_batch(batch.input_ids_RT[rows], batch.position_ids_RT[rows], batch.segment_RT[rows], batch.target_RT[rows])

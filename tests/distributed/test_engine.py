@@ -1,0 +1,43 @@
+"""The engine's own promises: clipping by part, a golden step, refusal of non-finite values."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.engine_cases import clipped_updates, golden_step, nonfinite_reward
+from tests.distributed.ranks import run_on_ranks
+
+GOLDEN = Path(__file__).parent / "golden_step.json"
+
+
+@pytest.mark.distributed
+def test_a_spike_in_a_head_does_not_shrink_the_generators_step() -> None:
+    for stage, (plain, spiked, phi_norm) in run_on_ranks(clipped_updates, 2)[0].items():
+        assert phi_norm > 20, f"stage {stage}: the spike should dominate a global norm"
+        assert abs(spiked / plain - 1) <= 0.05, f"stage {stage}: ψ's update changed from {plain:.3e} to {spiked:.3e}"
+
+
+@pytest.mark.distributed
+def test_golden_step(request: pytest.FixtureRequest) -> None:
+    found = run_on_ranks(golden_step, 2)[0]
+    wanted: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    wrong = [f"  {name}: was {wanted.get(name)}, is now {found.get(name)}" for name in sorted(found.keys() | wanted.keys())
+             if name not in found or name not in wanted or not math.isclose(found[name], wanted[name], rel_tol=2e-4, abs_tol=2e-6)]
+    assert not wrong, (
+        "one fused step of the tiny model no longer yields what it did:\n" + "\n".join(wrong)
+        + "\nA refactoring must not change these numbers. If the mathematics was meant to change, say so in the commit and "
+        f"write the new ones:\n  python -m tests.distributed.engine_cases > {GOLDEN.relative_to(request.config.rootpath)}")
+
+
+@pytest.mark.distributed
+def test_a_nonfinite_reward_stops_all_ranks_before_the_update() -> None:
+    for rank, (message, unchanged) in enumerate(run_on_ranks(nonfinite_reward, 2)):
+        assert unchanged, "the weights moved"
+        assert "not finite" in message and "no update was made" in message
+        if rank == 0:
+            assert "of prompt 100" in message and "reward term" in message
