@@ -8,20 +8,18 @@ in its type and one line of documentation; every rule that spans fields is one n
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from asa_dist.config_text import ConfigError as ConfigError
+from asa_dist.config_text import dump_tree, read_tree
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class ConfigError(Exception):
-    """A config that cannot be used: the message names file, key, value and what is allowed."""
 
 
 class Section(BaseModel):
@@ -156,7 +154,7 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(400_000, description="optimizer steps")
     corpus_rows_per_step: PositiveInt = Field(16, description="packed corpus rows per step, over all ranks")
     accumulation_steps: PositiveInt = Field(1, description="micro-batches per rank and step")
-    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed ZeRO stage")
+    zero_stage: int = Field(3, ge=0, le=3, description="DeepSpeed ZeRO stage")
     zero_sub_group_size: PositiveInt = Field(1_000_000_000, description="parameters per ZeRO-3 optimizer sub-group")
     zero_persistence_threshold: int = Field(100_000, ge=0, description="ZeRO-3 keeps parameters below this size gathered")
     offload_optimizer: bool = Field(False, description="optimizer states in host memory (DeepSpeedCPUAdam)")
@@ -223,13 +221,15 @@ def _rule_sources_have_a_location(config: Config) -> list[Problem]:
 
 
 def _rule_files_exist(config: Config) -> list[Problem]:
-    named = [(f"data.sources.{i}.path", source.path) for i, source in enumerate(config.data.sources)]
-    named.append(("rollout.prompt_file", config.rollout.prompt_file))
-    problems: list[Problem] = [(key, path, "no such file or folder") for key, path in named
-                               if path is not None and not Path(path).expanduser().exists()]
+    problems: list[Problem] = [
+        (f"data.sources.{index}.path", source.path, "no such file or folder") for index, source in enumerate(config.data.sources)
+        if source.path is not None and not os.path.exists(os.path.expanduser(source.path))]
+    prompt_file = config.rollout.prompt_file
+    if prompt_file is not None and not os.path.isfile(os.path.expanduser(prompt_file)):
+        problems.append(("rollout.prompt_file", prompt_file, "no such file"))
     for key, name in (("model.name_or_path", config.model.name_or_path), ("data.tokenizer.path", config.data.tokenizer.path)):
         looks_local = name is not None and (name.startswith(("/", ".", "~")) or name.count("/") > 1)
-        if looks_local and not Path(str(name)).expanduser().is_dir():
+        if looks_local and not os.path.isdir(os.path.expanduser(str(name))):
             problems.append((key, name, "no such folder (a hub name has the form owner/name)"))
     return problems
 
@@ -320,113 +320,64 @@ CROSS_FIELD_RULES: tuple[Callable[[Config], list[Problem]], ...] = (
 )
 
 
-# --- reading ---------------------------------------------------------------------------------------------------
-class _Loader(yaml.SafeLoader):
-    """safe_load with two mends: ``2e-4`` is a number (YAML 1.2), and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} is given twice")
-        return super().construct_mapping(node, deep)
+# --- validating ------------------------------------------------------------------------------------------------
+def known_keys(section: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, sections included; the keys of a list's items without an index."""
+    for name, field in (section or Config).model_fields.items():
+        yield prefix + name
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from known_keys(part, f"{prefix}{name}.")
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+def _unknown_key(location: Sequence[str | int]) -> str:
+    """What is wrong with a key, and the nearest known one: in its section, or of the same name elsewhere."""
+    *parents, name = map(str, location)
+    section = [part for part in location[:-1] if isinstance(part, str)]
+    siblings = [key.rpartition(".")[2] for key in known_keys() if key.split(".")[:-1] == section]
+    near = [".".join((*parents, sibling)) for sibling in difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)]
+    near += [key for key in known_keys() if key.endswith(f".{name}")]
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(siblings)}"
+    return f"unknown key {'.'.join((*parents, name))!r}; {hint}"
 
 
-def _parse_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{origin}: {error}") from None
+def _source(key: str, tree: Any, overrides: Sequence[str]) -> str:
+    """Where a value comes from, unless it stands in the file."""
+    if any(f"{key}.".startswith(f"{override.partition('=')[0].strip()}.") for override in overrides):
+        return " (override)"
+    for part in key.split("."):
+        if isinstance(tree, dict) and part not in tree:
+            return " (default)"
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    return ""
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"override {override!r}: write key.sub=value")
-    parts = key.strip().split(".")
-    node: Any = tree
-    for part in parts[:-1]:
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"override {override!r}: {part!r} is not an index of a list of {len(node)}")
-            node = node[int(part)]
-            continue
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict | list):
-            raise ConfigError(f"override {override!r}: {part!r} has no sub-keys")
-    value = _parse_yaml(text, f"override {override!r}")
-    if isinstance(node, list):
-        if not parts[-1].isdigit() or int(parts[-1]) >= len(node):
-            raise ConfigError(f"override {override!r}: {parts[-1]!r} is not an index of a list of {len(node)}")
-        node[int(parts[-1])] = value
-    else:
-        node[parts[-1]] = value
-
-
-def _section_at(location: Sequence[str | int]) -> type[BaseModel] | None:
-    """The schema class that owns the last key of ``location``."""
-    section: type[BaseModel] = Config
-    for part in location[:-1]:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part)
-        if field is None:
-            return None
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if found is None:
-            return None
-        section = found
-    return section
-
-
-def _readable(error: Any, origin: str) -> str:
-    location = error["loc"]
-    key = ".".join(str(part) for part in location) or "(top level)"
+def _schema_problem(error: Any, tree: dict[str, Any], overrides: Sequence[str]) -> str:
     if error["type"] == "extra_forbidden":
-        section = _section_at(location)
-        known = list(section.model_fields) if section else []
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{origin}: unknown key {key!r}; {hint}"
-    return f"{origin}: {key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        return _unknown_key(error["loc"])
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "invalid_key":
+        return f"key {key}: must be text"
+    allowed = "must be a mapping of keys" if error["type"] == "model_type" else error["msg"][0].lower() + error["msg"][1:]
+    return f"{key} = {error['input']!r}{_source(key, tree, overrides)}: {allowed}"
 
 
-def build_config(tree: dict[str, Any], origin: str) -> Config:
-    """Validates a plain tree. Raises :class:`ConfigError` with one line per problem."""
+def build_config(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Validates a plain tree, to which ``overrides`` have been applied already; ``origin`` is how messages name it.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_readable(e, origin) for e in error.errors())) from None
-    problems = [problem for rule in CROSS_FIELD_RULES for problem in rule(config)]
+        problems = [_schema_problem(e, tree, overrides) for e in error.errors()]
+    else:
+        problems = [f"{key} = {value!r}{_source(key, tree, overrides)}: {allowed}"
+                    for rule in CROSS_FIELD_RULES for key, value, allowed in rule(config)]
     if problems:
-        raise ConfigError("\n".join(f"{origin}: {key} = {value!r}: {allowed}" for key, value, allowed in problems))
+        raise ConfigError("\n".join(f"{origin}: {problem}" for problem in problems))
     return config
-
-
-def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain tree of a YAML file plus overrides, not yet validated. Raises :class:`ConfigError` if unreadable."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{path}: cannot read the config: {reason}") from None
-    tree = _parse_yaml(text, str(path))
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping of sections, not {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return tree
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -435,9 +386,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, out of range, or fields that contradict each other.
     """
-    return build_config(read_tree(path, overrides), str(path) + (" + overrides" if overrides else ""))
+    return build_config(read_tree(path, overrides), str(path), overrides)
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML; ``load_config`` reads it back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_tree(config.model_dump(mode="json"))

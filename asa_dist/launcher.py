@@ -6,125 +6,180 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from asa_dist.config import Config, ConfigError
 
 STOP_GRACE_SECONDS = 40.0  # the deepspeed launcher itself waits 30 s before it kills its ranks
+GPU_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under Windows
 
 
 def process_layout(config: Config) -> str:
     """Who runs where, for people."""
     train, rollout = config.train, config.rollout
-    ranks = (f"{train.gpus} trainer ranks on GPUs 0–{train.gpus - 1}" if train.gpus
-             else f"{train.ranks} trainer ranks on the CPU, {train.threads_per_rank} thread(s) each")
-    gpus = rollout.workers * rollout.gpus_per_worker
-    workers = (f"{rollout.workers} rollout workers on GPUs {train.gpus}–{train.gpus + gpus - 1}" if gpus
-               else f"{rollout.workers} rollout workers on the CPU, {rollout.threads_per_worker} thread(s) each")
-    per_rank = f"{train.corpus_rows_per_step // config.num_ranks} corpus rows, {rollout.prompts_per_step // config.num_ranks} groups"
-    return (f"  {ranks}: ZeRO-{train.zero_stage}, {train.accumulation_steps} micro-batch(es) per step; per rank and step {per_rank}\n"
-            f"  {workers}: engine {rollout.engine}, {config.groups_per_lease} groups of {rollout.responses_per_prompt} per call\n"
-            f"  1 coordinator; policy age at most {rollout.max_policy_age}")
+    if train.gpus:
+        ranks = f"trainer ranks: {train.gpus}, on GPUs 0 to {train.gpus - 1}"
+    else:
+        ranks = f"trainer ranks: {train.ranks}, on the CPU, threads each: {train.threads_per_rank}"
+    if gpus := rollout.workers * rollout.gpus_per_worker:
+        workers = f"rollout workers: {rollout.workers}, on GPUs {train.gpus} to {train.gpus + gpus - 1}"
+    else:
+        workers = f"rollout workers: {rollout.workers}, on the CPU, threads each: {rollout.threads_per_worker}"
+    return (
+        f"  {ranks}; ZeRO stage {train.zero_stage}\n"
+        f"    per step, all ranks: {train.corpus_rows_per_step} corpus rows, {rollout.prompts_per_step} groups of "
+        f"{rollout.responses_per_prompt} responses; micro-batches per rank: {train.accumulation_steps}\n"
+        f"  {workers}; engine {rollout.engine}, groups per call: {config.groups_per_lease}\n"
+        f"  coordinator: 1; policy age at most {rollout.max_policy_age}"
+    )
 
 
-def describe(config: Config) -> str:
-    """Parameter counts of ψ, φ, ξ and the process layout; builds the model without memory.
+def count_model(config: Config) -> dict[str, int]:
+    """Numbers of parameters of ψ, φ, ξ, without loading or allocating any.
+
+    A tokenizer that is still to be trained may end with fewer tokens than counted here.
 
     Raises:
         ModelError, DataError: a pretrained model or tokenizer that cannot be used.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
     from asa_dist.runtime.data.tokenizer import load_pretrained_tokenizer
-    from asa_dist.runtime.model import build_model, count_parameters
+    from asa_dist.runtime.model import AsaModel, ModelError, count_parameters, trunk_config
 
     tokenizer = config.data.tokenizer
     vocab_size = tokenizer.train.vocab_size if tokenizer.train else len(load_pretrained_tokenizer(str(tokenizer.path)))
+    trunk = trunk_config(config.model, vocab_size, eos_token_id=0)
+    context_tokens = getattr(trunk, "max_position_embeddings", None)
+    if context_tokens is not None and config.data.sequence_length > context_tokens:
+        raise ModelError(
+            f"data.sequence_length = {config.data.sequence_length}: at most {context_tokens}, the context of "
+            f"model.name_or_path {config.model.name_or_path!r}"
+        )
     with torch.device("meta"):
-        counts = count_parameters(build_model(config, vocab_size, eos_token_id=0, on_cuda=False))
-    return ("parameters\n" + "".join(f"  {symbol} {name}: {counts[part]:,}\n" for symbol, name, part in (
-        ("ψ", "generator", "psi"), ("φ", "evaluator heads", "phi"), ("ξ", "meta-optimizer", "xi")))
-        + "processes\n" + process_layout(config))
+        return count_parameters(AsaModel(AutoModelForCausalLM.from_config(trunk), config))
 
 
-def assign_gpus(config: Config) -> tuple[list[str], list[str]]:
-    """Disjoint device ids for (trainer ranks, rollout workers) out of the visible ones.
+def describe(config: Config) -> str:
+    """Parameter counts of ψ, φ, ξ and the process layout. Raises as :func:`count_model`."""
+    counts = count_model(config)
+    return (
+        "parameters\n"
+        f"  ψ generator: {counts['psi']:,}\n"
+        f"  φ evaluator heads: {counts['phi']:,}\n"
+        f"  ξ meta-optimizer: {counts['xi']:,}\n"
+        f"processes\n{process_layout(config)}"
+    )
+
+
+@dataclass(frozen=True)
+class GpuAssignment:
+    """Disjoint device ids out of the visible ones; empty on the CPU."""
+
+    train: Sequence[str]
+    rollout: Sequence[str]
+
+
+def assign_gpus(config: Config, origin: str) -> GpuAssignment:
+    """Which GPUs train, and which generate. ``origin``: the config's name in messages.
 
     Raises:
         ConfigError: fewer GPUs than asked for.
     """
     num_train, num_rollout = config.train.gpus, config.rollout.workers * config.rollout.gpus_per_worker
-    if num_train + num_rollout == 0:
-        return [], []
+    devices = _visible_gpus() if num_train + num_rollout else []
+    if len(devices) < num_train + num_rollout:
+        raise ConfigError(
+            f"{origin}: train.gpus = {num_train} and rollout.workers x rollout.gpus_per_worker = {num_rollout} need "
+            f"{num_train + num_rollout} GPUs, this machine shows {len(devices)}"
+        )
+    return GpuAssignment(devices[:num_train], devices[num_train : num_train + num_rollout])
+
+
+def _visible_gpus() -> list[str]:
+    if not any(os.path.exists(file) for file in GPU_DRIVER_FILES):
+        return []  # asking torch would take seconds
     import torch
 
+    if not torch.cuda.is_available():
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    if not torch.cuda.is_available() or len(devices) < num_train + num_rollout:
-        found = len(devices) if torch.cuda.is_available() else 0
-        raise ConfigError(f"train.gpus = {num_train} and rollout.workers x gpus_per_worker = {num_rollout} "
-                          f"need {num_train + num_rollout} GPUs, this machine shows {found}")
-    return devices[:num_train], devices[num_train:num_train + num_rollout]
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
-def run_training(config: Config, config_path: Path, overrides: Sequence[str], run_dir: Path) -> int:
+def run_training(config: Config, run_dir: Path, gpus: GpuAssignment) -> int:
     """Trains to the end on this machine. Returns the launcher's exit code; ends every process it started.
 
     Raises:
-        ConfigError, DataError, ModelError, ClusterError: before any rank starts.
+        DataError, ModelError, ClusterError: before any rank starts.
     """
     from asa_dist.rollout.cluster import start_local_ray
     from asa_dist.train import object_store_bytes, prepare_run_folder
 
-    train_gpus, rollout_gpus = assign_gpus(config)
+    num_parameters = count_model(config)["psi"]
     summary = prepare_run_folder(config, run_dir)
-    print(f"run folder {run_dir}: {summary.documents:,} documents, {summary.tokens:,} tokens, vocabulary {summary.vocab_size:,}", flush=True)
-    weight_bytes = _generator_bytes(config, summary.vocab_size)
-    with StopOnSignal() as stop, start_local_ray(
-            config.rollout.workers * config.rollout.threads_per_worker, len(rollout_gpus), object_store_bytes(weight_bytes),
-            head_environment={"CUDA_VISIBLE_DEVICES": ",".join(rollout_gpus)}) as ray:
-        environment = {**os.environ, **ray.environment, "OMP_NUM_THREADS": str(config.train.threads_per_rank)}
-        if train_gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(train_gpus)
-        else:
+    rollout = config.rollout
+    print(
+        f"run folder {run_dir}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
+        f"vocabulary {summary.vocab_size:,}\n"
+        f"starting Ray, {config.num_ranks} trainer rank(s) and {rollout.workers} rollout worker(s)",
+        flush=True,
+    )
+    with (
+        StopOnSignal() as stop,
+        start_local_ray(
+            rollout.workers * rollout.threads_per_worker,
+            len(gpus.rollout),
+            object_store_bytes(num_parameters, config.model.dtype),
+            head_environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus.rollout)},
+        ) as ray,
+    ):
+        environment = os.environ | ray.environment | {"OMP_NUM_THREADS": str(config.train.threads_per_rank)}
+        if not gpus.train:
             environment["DS_ACCELERATOR"] = "cpu"
-        command = [
-            sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull, "--num_accelerators", str(config.num_ranks),
-            "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "asa_dist.train",
-            str(config_path), *overrides, "--run-dir", str(run_dir), "--ray-address", ray.address]
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-        stop.watch(launcher)
-        code = launcher.wait()
+        code = stop.run(_launcher_command(gpus.train or range(config.num_ranks), run_dir, ray.address), environment)
     if code == 0:
         print(f"finished: {run_dir}", flush=True)
     elif not stop.asked:
-        print(f"asa: the run failed (exit code {code}); what is written so far stands in {run_dir}", file=sys.stderr)
+        # the launcher passes a rank's code on; -9 (ended by SIGKILL) becomes 247
+        why = f"a rank was ended by {signal.Signals(256 - code).name}" if code > 192 else f"exit code {code}"
+        print(f"asa: the run failed ({why}); what is written so far stands in {run_dir}", file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
-def _generator_bytes(config: Config, vocab_size: int) -> int:
-    import torch
+def _launcher_command(devices: Sequence[int | str], run_dir: Path, ray_address: str) -> list[str]:
+    """DeepSpeed's launcher of one host: a rank per device; they read the resolved config of the run folder.
 
-    from asa_dist.runtime.model import build_model, count_parameters
-
-    with torch.device("meta"):
-        num_parameters = count_parameters(build_model(config, vocab_size, eos_token_id=0, on_cuda=False))["psi"]
-    return num_parameters * (2 if config.model.dtype == "bfloat16" else 4)
+    `deepspeed` itself, the launcher of several hosts, would only start this one, number GPUs from 0 whatever
+    CUDA_VISIBLE_DEVICES says, and end with 0 when its child is killed.
+    """
+    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
+    launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "critical"]
+    launch += ["--world_info", hosts, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    train = ["--module", "asa_dist.train", str(run_dir / "config.yaml"), "--run-dir", str(run_dir)]
+    return [*launch, *train, "--ray-address", ray_address]
 
 
 class StopOnSignal:
-    """The first SIGINT or SIGTERM asks the launcher to end its ranks, the second kills its session."""
+    """The first SIGINT or SIGTERM asks the launcher's session to end, the second kills it."""
 
     def __init__(self) -> None:
         self.asked = 0
-        self._launcher: subprocess.Popen[bytes] | None = None
+        self._is_launching = False
+        self._group: int | None = None  # the launcher's process group, while any of it may be alive
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -133,29 +188,47 @@ class StopOnSignal:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._launcher is not None and self._launcher.poll() is None:
-            self._end(signal.SIGTERM)
-            try:
-                self._launcher.wait(STOP_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._end(signal.SIGKILL)
-                self._launcher.wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def watch(self, launcher: subprocess.Popen[bytes]) -> None:
-        self._launcher = launcher
+    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Runs the launcher in a session of its own, until nothing of that is left; returns its exit code."""
+        self._is_launching = True  # a signal may not raise any more: it would lose a process that has just started
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        self._group = launcher.pid
+        if self.asked:
+            self._end(signal.SIGTERM)
+        code = launcher.wait()
+        deadline = time.monotonic() + STOP_GRACE_SECONDS
+        while _is_alive(self._group):  # the launcher leaves after its ranks, unless it was killed
+            self._end(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+            time.sleep(0.2)
+        self._group = None
+        return code
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.asked += 1
-        if self._launcher is None:
+        once = self.asked == 1
+        print("asa: stopping" + (" (once more to stop at once)" if once else " at once"), file=sys.stderr, flush=True)
+        if not self._is_launching:
             raise KeyboardInterrupt
-        print("asa: stopping (once more to stop at once)" if self.asked == 1 else "asa: stopping at once", file=sys.stderr, flush=True)
-        self._end(signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
+        self._end(signal.SIGTERM if once else signal.SIGKILL)
 
     def _end(self, number: int) -> None:
-        if self._launcher is not None and self._launcher.poll() is None:
-            os.killpg(self._launcher.pid, number)
+        if self._group is not None:
+            with contextlib.suppress(ProcessLookupError):  # all gone already
+                os.killpg(self._group, number)
+
+
+def _is_alive(group: int) -> bool:
+    """Whether a process group has a process that still runs; a zombie only waits for its parent."""
+    import psutil
+
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group:
+                return True
+    return False
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/<config name>), shared by all ranks")
     parser.add_argument("--ray-address", help="host:port of a running Ray; without it rank 0 starts one on this machine")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's; we read LOCAL_RANK
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def find_placement(config: Config) -> Placement:
@@ -88,20 +89,28 @@ def prepare_run_folder(config: Config, run_dir: Path) -> DataSummary:
     """Data, tokenizer and resolved config in the run folder. Idempotent; one process does it.
 
     Raises:
-        DataError: content that cannot be used, or a run folder that belongs to another run.
+        DataError: content or files that cannot be used, or a run folder that belongs to another run. A run folder
+            made for this call is removed again.
     """
     from asa_dist.runtime.data.errors import DataError
     from asa_dist.runtime.data.prepare import prepare
 
-    if (run_dir / "metrics.jsonl").exists():
-        raise DataError(f"{run_dir} holds a run already: choose another folder with --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    summary = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: print(message, flush=True))
-    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    is_new = not run_dir.exists()
+    try:
+        if (run_dir / "metrics.jsonl").exists():
+            raise DataError(f"{run_dir} holds a run already: choose another folder with --run-dir")
+        summary = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: print(message, flush=True))
+        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    except (DataError, OSError) as error:
+        if is_new:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise DataError(f"{error.filename or run_dir}: {error.strerror or error}") from None
+        raise
     return summary
 
 
-def _join_ray(config: Config, placement: Placement, address: str | None, weight_bytes: int) -> RayHandle | None:
+def _join_ray(config: Config, placement: Placement, address: str | None, num_parameters: int) -> RayHandle | None:
     """Connects this rank to Ray; without an address rank 0 starts one and tells the others."""
     import torch.distributed as dist
 
@@ -117,7 +126,8 @@ def _join_ray(config: Config, placement: Placement, address: str | None, weight_
                               "start Ray with the rollout GPUs and pass --ray-address")
         told: list[Any] = [None, None]
         if placement.rank == 0:
-            handle = start_local_ray(config.rollout.workers * config.rollout.threads_per_worker, 0, object_store_bytes(weight_bytes))
+            num_cpus = config.rollout.workers * config.rollout.threads_per_worker
+            handle = start_local_ray(num_cpus, 0, object_store_bytes(num_parameters, config.model.dtype))
             told = [handle.address, handle.environment]
         dist.broadcast_object_list(told, src=0)
         os.environ.update(told[1])
@@ -127,9 +137,10 @@ def _join_ray(config: Config, placement: Placement, address: str | None, weight_
     return None
 
 
-def object_store_bytes(weight_bytes: int) -> int:
-    """Room for four versions of the generator's weights (published, being published, held by workers) and for groups."""
-    return 4 * weight_bytes + 256 * 2**20
+def object_store_bytes(num_parameters: int, dtype: str) -> int:
+    """Room for four versions of the generator (published, being published, held by workers), and for groups."""
+    bytes_each = 2 if dtype == "bfloat16" else 4
+    return 4 * bytes_each * num_parameters + 256 * 2**20
 
 
 def _start_rollouts(config: Config, run_dir: Path, engine: TrainEngine, eos_token_id: int) -> RolloutSystem:
@@ -172,8 +183,7 @@ def train(config: Config, run_dir: Path, placement: Placement, ray_address: str 
     model = build_model(config, data.vocab_size, data.eos_id, placement.device.type == "cuda")
     tables = token_tables(tokenizer, model.vocab_size)
     counts = count_parameters(model)
-    weight_bytes = counts["psi"] * (2 if config.model.dtype == "bfloat16" else 4)
-    ray_handle = _join_ray(config, placement, ray_address, weight_bytes)
+    ray_handle = _join_ray(config, placement, ray_address, counts["psi"])
     engine = TrainEngine(model, config, placement)
     rollouts = _start_rollouts(config, run_dir, engine, data.eos_id) if first else None
     recorder: RunRecorder | SilentRecorder = SilentRecorder()

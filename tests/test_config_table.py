@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,13 +24,18 @@ HEADER = "| key | type and bounds | default | meaning |\n|---|---|---|---|\n"
 
 def code(value: Any) -> str:
     """A value as one would write it in YAML."""
-    if isinstance(value, list):
-        return "`[" + ", ".join(map(str, value)) + "]`"
-    if isinstance(value, bool) or value is None:
-        return {True: "`true`", False: "`false`", None: "`null`"}[value]
-    if isinstance(value, int):
-        return f"`{value:_}`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    match value:
+        case None | bool():
+            text = json.dumps(value)
+        case int():
+            text = f"{value:_}"
+        case float():
+            text = f"{value:g}"
+        case list():
+            text = f"[{', '.join(value)}]"
+        case _:
+            text = value
+    return f"`{text}`"
 
 
 def allowed(schema: dict[str, Any]) -> str:
@@ -41,8 +47,7 @@ def allowed(schema: dict[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return ", ".join(map(code, schema.get("enum", [schema.get("const")])))
     if schema["type"] == "array":
-        items = "sections" if "$ref" in schema["items"] else f"any of {allowed(schema['items'])}"
-        return f"list: {items}" if "$ref" in schema["items"] else items
+        return f"list of: {allowed(schema['items'])}"
     bounds = [f"{sign} {schema[name]:.3g}" if isinstance(schema[name], float) else f"{sign} {schema[name]:_}"
               for name, sign in BOUNDS.items() if name in schema]
     return " ".join([TYPES[schema["type"]], ", ".join(bounds)]).strip()
@@ -75,24 +80,26 @@ def render() -> str:
     for name, field in schema["properties"].items():
         if name not in plain["properties"]:
             lines = list(rows(nested(field, schema["$defs"]) or {}, default[name], f"{name}.", schema["$defs"]))
-            parts.append(f"<details>\n<summary><code>{name}</code>: {field['description']} ({len(lines)} fields)</summary>\n\n"
-                         f"{HEADER}" + "\n".join(lines) + "\n\n</details>")
+            summary = f"<summary><code>{name}</code>: {field['description']} ({len(lines)} keys)</summary>"
+            parts.append(f"<details>\n{summary}\n\n{HEADER}" + "\n".join(lines) + "\n\n</details>")
     return "\n\n".join(parts)
 
 
 def test_readme_has_the_schemas_table() -> None:
     marked = MARKED.search(README.read_text(encoding="utf-8"))
     assert marked is not None, f"README.md needs the lines {BEGIN} and {END}"
-    if marked[1] != render():
-        changes = difflib.unified_diff(marked[1].splitlines(), render().splitlines(), "README.md", "config.py", lineterm="", n=0)
-        pytest.fail(f"the config table is not that of asa_dist/config.py; write it anew with\n  {REWRITE}\n"
-                    + "\n".join(changes), pytrace=False)
+    written, schema = marked[1].splitlines(), render().splitlines()
+    if written != schema:
+        changes = difflib.unified_diff(written, schema, "README.md", "asa_dist/config.py", lineterm="", n=0)
+        message = f"the README's config table is not the schema's; write it anew with\n  {REWRITE}"
+        pytest.fail("\n".join((message, *changes)), pytrace=False)
 
 
 @pytest.mark.parametrize(("key", "row"), [
     ("seed", "| `seed` | int ≥ 0, < 2_147_483_648 | `0` | of every random choice |"),
-    ("nullable", "| `rollout.groups_per_lease` | int ≥ 1 or `null` | `null` | consecutive groups in one engine call; null = P / workers |"),
+    ("nullable", "| `rollout.groups_per_lease` | int ≥ 1 or `null` | `null` | consecutive groups in one engine call;"),
     ("choices", "| `model.dtype` | `float32`, `bfloat16` | `float32` |"),
+    ("list", "| `evaluator.principles` | list of: `relevance`, `non_repetition`, "),
     ("nested", "| `data.tokenizer.train.vocab_size` | int ≥ 260, ≤ 1_000_000 | `2_048` |"),
     ("of a list", "| `data.sources.0.weight` | float > 0 | `1` |"),
 ])

@@ -39,7 +39,8 @@ class Evaluator(nn.Module):
         super().__init__()
         size = embedding_size or hidden_size
         self.projection_DH = (
-            nn.Parameter(torch.randn(size, hidden_size) * hidden_size**-0.5) if embedding_size is not None else None)
+            nn.Parameter(torch.randn(size, hidden_size) * hidden_size**-0.5) if embedding_size is not None else None
+        )
         self.consistency_left_D = nn.Parameter(torch.zeros(size))
         self.consistency_right_D = nn.Parameter(torch.zeros(size))
         self.consistency_bias = nn.Parameter(torch.zeros(1))
@@ -55,13 +56,20 @@ class Evaluator(nn.Module):
         if self.projection_DH is not None:
             embedding_PGD = pooled_PGH @ self.projection_DH.float().T
         consistency_PG, cosine_PGG, indicator_PGG = group_consistency(
-            embedding_PGD, self.consistency_left_D.float(), self.consistency_right_D.float(),
-            self.consistency_bias.float(), has_content_PG)
+            embedding_PGD,
+            self.consistency_left_D.float(),
+            self.consistency_right_D.float(),
+            self.consistency_bias.float(),
+            has_content_PG,
+        )
         return EvaluatorOutput(
-            consistency_PG, cosine_PGG, indicator_PGG,
+            consistency_PG,
+            cosine_PGG,
+            indicator_PGG,
             verified_C=torch.sigmoid(claim_CH @ self.verify_H.float() + self.verify_bias.float()),
             behaviour_PGM=torch.sigmoid(embedding_PGD @ self.principle_MD.float().T + self.principle_bias_M.float()),
-            behaviour_weight_M=self.principle_logit_M.float().softmax(0))
+            behaviour_weight_M=self.principle_logit_M.float().softmax(0),
+        )
 
 
 class MetaOptimizer(nn.Module):

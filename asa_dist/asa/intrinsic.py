@@ -84,7 +84,10 @@ PRINCIPLE_SIGNALS: dict[str, Callable[[SignalInputs], Tensor]] = {
 
 
 def internal_coherence(groups: GroupTensors, states: PooledStates) -> Tensor:
-    """Mean cosine of neighbouring claims [P, G]; with fewer than two claims the group's mean, so that shortness earns nothing."""
+    """Mean cosine of neighbouring claims [P, G].
+
+    With fewer than two claims the group's mean, so that shortness earns nothing.
+    """
     num_responses = groups.num_groups * groups.group_size
     response_C = groups.claim_response_C
     neighbours_C = (response_C[1:] == response_C[:-1]).float()  # claims of one response are consecutive
@@ -97,18 +100,25 @@ def internal_coherence(groups: GroupTensors, states: PooledStates) -> Tensor:
     mean_PG = (sum_S / count_S.clamp(min=1)).view(shape)
     num_measured_P1 = measured_PG.sum(1, keepdim=True)
     group_mean_P1 = torch.where(
-        num_measured_P1 > 0, mean_PG.sum(1, keepdim=True) / num_measured_P1.clamp(min=1), COHERENCE_WITHOUT_CLAIMS)
+        num_measured_P1 > 0, mean_PG.sum(1, keepdim=True) / num_measured_P1.clamp(min=1), COHERENCE_WITHOUT_CLAIMS
+    )
     return torch.where(measured_PG, mean_PG, group_mean_P1)
 
 
 @torch.no_grad()
 def intrinsic_reward(
-    groups: GroupTensors, states: PooledStates, mean_logprob_PG: Tensor, f1_PGG: Tensor, principles: Sequence[str],
+    groups: GroupTensors,
+    states: PooledStates,
+    mean_logprob_PG: Tensor,
+    f1_PGG: Tensor,
+    principles: Sequence[str],
 ) -> IntrinsicReward:
     """Equation 12 with equal weights; ``f1_PGG`` is the token F1 of siblings."""
     has_content_PG = (groups.content_length_PG > 0).float()
     inputs = SignalInputs(groups, states, mean_logprob_PG)
-    signal_PGM = torch.stack([PRINCIPLE_SIGNALS[name](inputs) for name in principles], dim=-1) * has_content_PG.unsqueeze(-1)
+    signal_PGM = torch.stack(
+        [PRINCIPLE_SIGNALS[name](inputs) for name in principles], dim=-1
+    ) * has_content_PG.unsqueeze(-1)
     others_PG = f1_PGG.sum(-1) - f1_PGG.diagonal(dim1=1, dim2=2)
     self_consistency_PG = others_PG / (groups.group_size - 1) * has_content_PG
     coherence_PG = internal_coherence(groups, states) * has_content_PG

@@ -28,7 +28,9 @@ from asa_dist.records import RolloutGroup
 class Engine(Protocol):
     """The sharded model (runtime/engine.py)."""
 
-    def train_step(self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: dict[str, float]) -> Any: ...
+    def train_step(
+        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: dict[str, float]
+    ) -> Any: ...
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float: ...
     def sum_over_ranks(self, values: Tensor) -> Tensor: ...
     def max_over_ranks(self, values: Sequence[float]) -> list[float]: ...
@@ -56,7 +58,9 @@ class Recorder(Protocol):
 
     def metrics(self, values: dict[str, float]) -> None: ...
     def trained(self, step: int, prompt_ids: list[int]) -> None: ...
-    def samples(self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float) -> None: ...
+    def samples(
+        self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
+    ) -> None: ...
 
 
 @dataclass
@@ -115,7 +119,8 @@ class AsaLoop:
         return self._metrics(step + 1, sums, maxima, counts, inputs) | {
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **{f"grad_norm/{part}": norm for part, norm in result.gradient_norms.items()},
-            "time/step_seconds": step_seconds, "time/wait_rollout_seconds": waited_seconds,
+            "time/step_seconds": step_seconds,
+            "time/wait_rollout_seconds": waited_seconds,
             "time/publish_seconds": publish_seconds,
             "perf/tokens_per_second": (counts.corpus_tokens + counts.response_tokens) / step_seconds,
         }
@@ -131,8 +136,14 @@ class AsaLoop:
         num = self.config.train.accumulation_steps
         per_batch = len(groups) // num
         return [
-            join(corpus, pack_groups(groups[i * per_batch:(i + 1) * per_batch], self.config.data.sequence_length, self.tables, step))
-            for i, corpus in enumerate(self.corpus.train_batches(step))]
+            join(
+                corpus,
+                pack_groups(
+                    groups[i * per_batch : (i + 1) * per_batch], self.config.data.sequence_length, self.tables, step
+                ),
+            )
+            for i, corpus in enumerate(self.corpus.train_batches(step))
+        ]
 
     def _global_counts(self, batches: Sequence[MicroBatch]) -> GlobalCounts:
         """The step's normalisers: one all-reduce before the first forward."""
@@ -142,11 +153,17 @@ class AsaLoop:
     def _inputs(self, counts: GlobalCounts) -> StepInputs:
         objective = self.config.objective
         coefficients = StepCoefficients(
-            objective.alpha, objective.beta if self.state.aligning else 0.0, objective.gamma, self.state.tau)
-        return StepInputs(coefficients, counts, self.state.center().to(self.device), self.state.progress().to(self.device))
+            objective.alpha, objective.beta if self.state.aligning else 0.0, objective.gamma, self.state.tau
+        )
+        return StepInputs(
+            coefficients, counts, self.state.center().to(self.device), self.state.progress().to(self.device)
+        )
 
     def _reduce(
-        self, sums: dict[str, Tensor], maxima: dict[str, Tensor], groups: Sequence[RolloutGroup],
+        self,
+        sums: dict[str, Tensor],
+        maxima: dict[str, Tensor],
+        groups: Sequence[RolloutGroup],
     ) -> tuple[dict[str, Tensor], dict[str, float], list[int]]:
         """Sums and maxima over ranks, and the prompt ids of the whole step: two collectives."""
         num_prompts = self.config.rollout.prompts_per_step
@@ -157,24 +174,43 @@ class AsaLoop:
         flat = torch.cat([prompt_ids] + [sums[name].detach().double().flatten().cpu() for name in names])
         sizes = [num_prompts] + [sums[name].numel() for name in names]
         all_ids, *reduced = self.engine.sum_over_ranks(flat).split(sizes)
-        largest = self.engine.max_over_ranks([*(float(value) for value in maxima.values()), float(self.engine.peak_memory_bytes())])
-        return (dict(zip(names, reduced, strict=True)), dict(zip([*maxima, "memory/peak_bytes"], largest, strict=True)),
-                [int(prompt_id) for prompt_id in all_ids.tolist()])
+        largest = self.engine.max_over_ranks(
+            [*(float(value) for value in maxima.values()), float(self.engine.peak_memory_bytes())]
+        )
+        return (
+            dict(zip(names, reduced, strict=True)),
+            dict(zip([*maxima, "memory/peak_bytes"], largest, strict=True)),
+            [int(prompt_id) for prompt_id in all_ids.tolist()],
+        )
 
     def _summary(self, sums: dict[str, Tensor], counts: GlobalCounts) -> StepSummary:
         return StepSummary(
-            rho_sum=float(sums["trust/rho_sum"]), num_valid_groups=float(sums["trust/valid_groups"]),
-            reward_mean_3=torch.cat([sums["reward/logic"], sums["reward/fact"], sums["reward/behav"]]) / counts.responses,
-            meta_loss=float(sums["loss/meta"]), pooled_sum_H=sums["pooled_sum"], num_pooled=counts.contentful)
+            rho_sum=float(sums["trust/rho_sum"]),
+            num_valid_groups=float(sums["trust/valid_groups"]),
+            reward_mean_3=torch.cat([sums["reward/logic"], sums["reward/fact"], sums["reward/behav"]])
+            / counts.responses,
+            meta_loss=float(sums["loss/meta"]),
+            pooled_sum_H=sums["pooled_sum"],
+            num_pooled=counts.contentful,
+        )
 
     def _metrics(
-        self, step: int, sums: dict[str, Tensor], maxima: dict[str, float], counts: GlobalCounts, inputs: StepInputs,
+        self,
+        step: int,
+        sums: dict[str, Tensor],
+        maxima: dict[str, float],
+        counts: GlobalCounts,
+        inputs: StepInputs,
     ) -> dict[str, float]:
         """Flat metrics: losses as they are, rewards per response, rollout figures per token or response."""
         self.tokens_corpus += counts.corpus_tokens
         self.tokens_rollout += counts.response_tokens
         per_token = {"mismatch_kl", "entropy", "importance_mean", "clipped_fraction"}
-        values: dict[str, float] = {"step": step, "tokens/corpus": self.tokens_corpus, "tokens/rollout": self.tokens_rollout}
+        values: dict[str, float] = {
+            "step": step,
+            "tokens/corpus": self.tokens_corpus,
+            "tokens/rollout": self.tokens_rollout,
+        }
         for name, value in sums.items():
             kind, _, rest = name.partition("/")
             if kind == "loss":
@@ -188,8 +224,11 @@ class AsaLoop:
             elif kind == "rollout":
                 values[name] = float(value) / (counts.response_tokens if rest in per_token else counts.responses)
         values |= {
-            "trust/tau": inputs.coefficients.tau, "trust/rho": float(self.state.rho),
-            "trust/valid_groups": float(sums["trust/valid_groups"]), "trust/beta": inputs.coefficients.beta}
+            "trust/tau": inputs.coefficients.tau,
+            "trust/rho": float(self.state.rho),
+            "trust/valid_groups": float(sums["trust/valid_groups"]),
+            "trust/beta": inputs.coefficients.beta,
+        }
         return values | maxima
 
     def _evaluate(self) -> dict[str, float]:
@@ -200,4 +239,7 @@ class AsaLoop:
         inputs = self._inputs(counts)
         loss = sum(self.engine.corpus_loss(batch, inputs) for batch in batches)
         mean_loss = float(self.engine.sum_over_ranks(torch.tensor([loss])))
-        return {"eval/perplexity": math.exp(min(mean_loss, 700.0)), "eval/bigram_perplexity": self.corpus.bigram_perplexity()}
+        return {
+            "eval/perplexity": math.exp(min(mean_loss, 700.0)),
+            "eval/bigram_perplexity": self.corpus.bigram_perplexity(),
+        }

@@ -44,9 +44,19 @@ class GlobalCounts:
             return torch.tensor([float(corpus), 0, 0, 0, 0], dtype=torch.float64)
         has_content_PG = batch.groups.content_length_PG > 0
         per_group_P = has_content_PG.sum(1)
-        return torch.tensor([float(value) for value in (
-            corpus, batch.groups.length_PG.sum(), has_content_PG.numel(), per_group_P.sum(),
-            (per_group_P * (per_group_P - 1)).sum())], dtype=torch.float64)
+        return torch.tensor(
+            [
+                float(value)
+                for value in (
+                    corpus,
+                    batch.groups.length_PG.sum(),
+                    has_content_PG.numel(),
+                    per_group_P.sum(),
+                    (per_group_P * (per_group_P - 1)).sum(),
+                )
+            ],
+            dtype=torch.float64,
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,10 @@ def group_advantage(used_PG: Tensor, kind: Literal["group_mean", "group_norm", "
 
 
 def importance_weights(
-    scores: TokenScores, groups: GroupTensors, kind: Literal["token", "sequence", "none"], cap: float,
+    scores: TokenScores,
+    groups: GroupTensors,
+    kind: Literal["token", "sequence", "none"],
+    cap: float,
 ) -> tuple[Tensor, Tensor]:
     """Truncated off-policy correction w = min(π/π_behaviour, cap), both at the sampling temperature; detached.
 
@@ -130,8 +143,15 @@ def importance_weights(
 
 
 def score_groups(
-    scores: TokenScores, states: PooledStates, heads: EvaluatorOutput, omega_3: Tensor, groups: GroupTensors,
-    coefficients: StepCoefficients, vocab_size: int, evaluator: EvaluatorConfig, objective: ObjectiveConfig,
+    scores: TokenScores,
+    states: PooledStates,
+    heads: EvaluatorOutput,
+    omega_3: Tensor,
+    groups: GroupTensors,
+    coefficients: StepCoefficients,
+    vocab_size: int,
+    evaluator: EvaluatorConfig,
+    objective: ObjectiveConfig,
 ) -> ScoredGroups:
     """All rewards of the step, with today's φ."""
     length_PG = groups.length_PG.clamp(min=1)
@@ -149,14 +169,19 @@ def score_groups(
     return ScoredGroups(own, intrinsic, omega_3, self_PG, used_PG, advantage_PG, f1_PGG, mean_logprob_PG)
 
 
-def generator_loss(scored: ScoredGroups, scores: TokenScores, weight_N: Tensor, groups: GroupTensors, counts: GlobalCounts) -> Tensor:
+def generator_loss(
+    scored: ScoredGroups, scores: TokenScores, weight_N: Tensor, groups: GroupTensors, counts: GlobalCounts
+) -> Tensor:
     """ψ's part of equation 3: −(1/N) Σ_i A_i Σ_t w_it log π(y_it)."""
     advantage_N = scored.advantage_PG.flatten()[groups.predicts_N.clamp(min=0)] * (groups.predicts_N >= 0)
     return -(advantage_N * weight_N * scores.logprob_N).sum() / max(counts.response_tokens, 1.0)
 
 
 def evaluator_loss(
-    scored: ScoredGroups, groups: GroupTensors, kind: Literal["centred", "paper", "off"], counts: GlobalCounts,
+    scored: ScoredGroups,
+    groups: GroupTensors,
+    kind: Literal["centred", "paper", "off"],
+    counts: GlobalCounts,
 ) -> Tensor:
     """φ's part of equation 3: −(1/B) Σ_i R_self,i · ℓ̃_i with ω and the log-probabilities detached.
 
@@ -176,7 +201,11 @@ def evaluator_loss(
 
 
 def head_losses(
-    heads: EvaluatorOutput, scored: ScoredGroups, groups: GroupTensors, config: ObjectiveConfig, counts: GlobalCounts,
+    heads: EvaluatorOutput,
+    scored: ScoredGroups,
+    groups: GroupTensors,
+    config: ObjectiveConfig,
+    counts: GlobalCounts,
 ) -> Tensor:
     """Supervision of φ by measured signals: embeddings and indicator by token F1, each principle by its signal."""
     has_content_PG = (groups.content_length_PG > 0).float()
@@ -188,8 +217,11 @@ def head_losses(
     indicator_PGG = F.binary_cross_entropy(heads.indicator_PGG, scored.f1_PGG.clamp(0, 1), reduction="none")
     indicator = (indicator_PGG * pair_PGG).sum() / num_pairs
     error_PGM = (heads.behaviour_PGM - scored.intrinsic.signal_PGM).square() * has_content_PG.unsqueeze(-1)
-    return (config.embedding_loss_weight * embedding + config.indicator_loss_weight * indicator
-            + config.principle_loss_weight * error_PGM.sum() / num_contentful)
+    return (
+        config.embedding_loss_weight * embedding
+        + config.indicator_loss_weight * indicator
+        + config.principle_loss_weight * error_PGM.sum() / num_contentful
+    )
 
 
 def corpus_loss(logprob_N: Tensor, batch: MicroBatch, counts: GlobalCounts) -> Tensor:
@@ -201,15 +233,24 @@ class FusedOutput(NamedTuple):
     """One micro-batch. All but ``loss`` is detached. A tuple, so that ZeRO-3 finds the tensors in it."""
 
     loss: Tensor  # the scalar to differentiate
-    sums: dict[str, Tensor]  # to be added over micro-batches and ranks; losses are already divided by their global counts
+    sums: dict[
+        str, Tensor
+    ]  # to be added over micro-batches and ranks; losses are already divided by their global counts
     maxima: dict[str, Tensor]  # to be maximised over micro-batches and ranks
     terms: dict[str, Tensor]  # every reward term of every response, [P, G]
 
 
 def fused_loss(
-    batch: MicroBatch, scores: TokenScores, states: PooledStates, heads: EvaluatorOutput, omega_3: Tensor,
-    coefficients: StepCoefficients, counts: GlobalCounts, vocab_size: int,
-    evaluator: EvaluatorConfig, objective: ObjectiveConfig,
+    batch: MicroBatch,
+    scores: TokenScores,
+    states: PooledStates,
+    heads: EvaluatorOutput,
+    omega_3: Tensor,
+    coefficients: StepCoefficients,
+    counts: GlobalCounts,
+    vocab_size: int,
+    evaluator: EvaluatorConfig,
+    objective: ObjectiveConfig,
 ) -> FusedOutput:
     """Equation 2 plus head losses for one micro-batch with groups."""
     groups = batch.groups
@@ -221,24 +262,40 @@ def fused_loss(
     align_phi = evaluator_loss(scored, groups, objective.phi_self_align, counts)
     meta = (scored.self_PG - scored.intrinsic.total_PG).square().sum() / counts.responses
     heads_loss = head_losses(heads, scored, groups, objective, counts)
-    loss = (coefficients.alpha * mle + coefficients.beta * (align_psi + align_phi)
-            + coefficients.gamma * meta + heads_loss)
-    sums = {"loss/total": loss, "loss/mle": mle, "loss/self_align": align_psi + align_phi, "loss/meta": meta,
-            "loss/heads": heads_loss, **_reward_sums(scored, states), **_rollout_sums(scores, groups, weight_N, clipped_N)}
+    loss = (
+        coefficients.alpha * mle + coefficients.beta * (align_psi + align_phi) + coefficients.gamma * meta + heads_loss
+    )
+    sums = {
+        "loss/total": loss,
+        "loss/mle": mle,
+        "loss/self_align": align_psi + align_phi,
+        "loss/meta": meta,
+        "loss/heads": heads_loss,
+        **_reward_sums(scored, states),
+        **_rollout_sums(scores, groups, weight_N, clipped_N),
+    }
     difference_N = (scores.logprob_N.detach() - groups.sampled_logprob_N) * (groups.predicts_N >= 0)
     maxima = {"rollout/max_abs_dlogp": difference_N.abs().max(), "rollout/policy_age_max": groups.age_P.max()}
-    return FusedOutput(loss, {name: value.detach() for name, value in sums.items()}, maxima,
-                       reward_terms(scored, evaluator.principles))
+    return FusedOutput(
+        loss, {name: value.detach() for name, value in sums.items()}, maxima, reward_terms(scored, evaluator.principles)
+    )
 
 
 def reward_terms(scored: ScoredGroups, principles: Sequence[str]) -> dict[str, Tensor]:
     """Every reward term by name, [P, G] detached."""
     own, intrinsic = scored.own, scored.intrinsic
     terms = {
-        "logic": own.logic_PG, "fact": own.fact_PG, "behav": own.behav_PG, "self": scored.self_PG,
-        "fact_score": own.fact_score_PG, "uncertainty": own.uncertainty_PG,
-        "self_consistency": intrinsic.self_consistency_PG, "coherence": intrinsic.coherence_PG,
-        "quality": intrinsic.quality_PG, "intrinsic": intrinsic.total_PG, "used": scored.used_PG,
+        "logic": own.logic_PG,
+        "fact": own.fact_PG,
+        "behav": own.behav_PG,
+        "self": scored.self_PG,
+        "fact_score": own.fact_score_PG,
+        "uncertainty": own.uncertainty_PG,
+        "self_consistency": intrinsic.self_consistency_PG,
+        "coherence": intrinsic.coherence_PG,
+        "quality": intrinsic.quality_PG,
+        "intrinsic": intrinsic.total_PG,
+        "used": scored.used_PG,
         "advantage": scored.advantage_PG,
         **{f"signal/{name}": intrinsic.signal_PGM[..., m] for m, name in enumerate(principles)},
     }
@@ -249,10 +306,14 @@ def _reward_sums(scored: ScoredGroups, states: PooledStates) -> dict[str, Tensor
     """Sums over responses (or groups); divided by their counts when logged."""
     correlation_P, valid_P = spearman(scored.self_PG.detach(), scored.intrinsic.total_PG)
     return {
-        "reward/self": scored.self_PG.sum(), "reward/intrinsic": scored.intrinsic.total_PG.sum(),
-        "reward/logic": scored.own.logic_PG.sum(), "reward/fact": scored.own.fact_PG.sum(),
-        "reward/behav": scored.own.behav_PG.sum(), "reward/used": scored.used_PG.abs().sum(),
-        "trust/rho_sum": correlation_P.sum(), "trust/valid_groups": valid_P.sum(),
+        "reward/self": scored.self_PG.sum(),
+        "reward/intrinsic": scored.intrinsic.total_PG.sum(),
+        "reward/logic": scored.own.logic_PG.sum(),
+        "reward/fact": scored.own.fact_PG.sum(),
+        "reward/behav": scored.own.behav_PG.sum(),
+        "reward/used": scored.used_PG.abs().sum(),
+        "trust/rho_sum": correlation_P.sum(),
+        "trust/valid_groups": valid_P.sum(),
         "pooled_sum": states.uncentred_sum_H,
         **{f"omega/{name}": weight for name, weight in zip(("logic", "fact", "behav"), scored.omega_3, strict=True)},
     }
@@ -262,14 +323,17 @@ def _rollout_sums(scores: TokenScores, groups: GroupTensors, weight_N: Tensor, c
     """Sums over response tokens or responses."""
     is_response_N = groups.predicts_N >= 0
     log_ratio_N = (scores.tempered_logprob_N - groups.behaviour_logprob_N) * is_response_N
-    same_PGG = ((groups.content_PGT.unsqueeze(1) == groups.content_PGT.unsqueeze(2)).all(-1)
-                & (groups.content_length_PG.unsqueeze(1) == groups.content_length_PG.unsqueeze(2)))
+    same_PGG = (groups.content_PGT.unsqueeze(1) == groups.content_PGT.unsqueeze(2)).all(-1) & (
+        groups.content_length_PG.unsqueeze(1) == groups.content_length_PG.unsqueeze(2)
+    )
     is_first_PG = same_PGG.float().argmax(-1) == torch.arange(groups.group_size, device=same_PGG.device)
     return {
         "rollout/mismatch_kl": (torch.expm1(log_ratio_N) - log_ratio_N).sum(),  # ≥ 0, unbiased for KL(behaviour ‖ π)
         "rollout/entropy": (scores.entropy_N * is_response_N).sum(),
-        "rollout/importance_mean": (weight_N * is_response_N).sum(), "rollout/clipped_fraction": clipped_N.sum(),
-        "rollout/length_mean": groups.length_PG.sum(), "rollout/distinct_fraction": is_first_PG.sum(),
+        "rollout/importance_mean": (weight_N * is_response_N).sum(),
+        "rollout/clipped_fraction": clipped_N.sum(),
+        "rollout/length_mean": groups.length_PG.sum(),
+        "rollout/distinct_fraction": is_first_PG.sum(),
         "rollout/truncated_fraction": (~groups.finished_PG).sum(),
         "rollout/empty_fraction": (groups.content_length_PG == 0).sum(),
         "rollout/policy_age_mean": groups.age_P.sum(),

@@ -143,15 +143,27 @@ def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTab
 
     rows = _assign_rows(lengths, row_length)
     shape = (len(rows), row_length)
-    marks = {name: np.full(shape, fill, dtype=np.int64) for name, fill in (
-        ("input_ids", 0), ("position_ids", 0), ("segment", -1), ("target", IGNORED),
-        ("predicts", -1), ("response", -1), ("prompt", -1), ("claim", -1))}
+    marks = {
+        name: np.full(shape, fill, dtype=np.int64)
+        for name, fill in (
+            ("input_ids", 0),
+            ("position_ids", 0),
+            ("segment", -1),
+            ("target", IGNORED),
+            ("predicts", -1),
+            ("response", -1),
+            ("prompt", -1),
+            ("claim", -1),
+        )
+    }
     behaviour = np.zeros(shape, dtype=np.float32)
     sampled = np.zeros(shape, dtype=np.float32)
     claims = [claim_spans(content_of(response), tables.claim_end_V) for _, response in pairs]
     real = [bool(spans) for spans in claims]
-    spans_of = [spans or ([(0, len(content_of(r)))] if len(content_of(r)) else [])
-                for spans, (_, r) in zip(claims, pairs, strict=True)]
+    spans_of = [
+        spans or ([(0, len(content_of(r)))] if len(content_of(r)) else [])
+        for spans, (_, r) in zip(claims, pairs, strict=True)
+    ]
     first_claim = np.cumsum([0] + [len(spans) for spans in spans_of])
 
     for row, members in enumerate(rows):
@@ -171,25 +183,30 @@ def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTab
             behaviour[predicting] = response.behaviour_logprob_T
             sampled[predicting] = response.logprob_T
             for number, (start, stop) in enumerate(spans_of[index]):
-                marks["claim"][row, begin + start:begin + stop] = first_claim[index] + number
+                marks["claim"][row, begin + start : begin + stop] = first_claim[index] + number
             offset = end
 
     claim_response = np.repeat(np.arange(len(pairs)), [len(spans) for spans in spans_of])
     contents = [content_of(response) for _, response in pairs]
     padded = np.zeros((len(pairs), max(1, max(map(len, contents)))), dtype=np.int64)
     for index, content in enumerate(contents):
-        padded[index, :len(content)] = content
+        padded[index, : len(content)] = content
 
     def per_response(values: Sequence[int | bool]) -> Tensor:
         return torch.tensor(values).view(len(groups), group_size)
 
     tensors = GroupTensors(
-        num_groups=len(groups), group_size=group_size, num_claims=len(claim_response),
-        predicts_N=torch.from_numpy(marks["predicts"]).flatten(), response_N=torch.from_numpy(marks["response"]).flatten(),
-        prompt_N=torch.from_numpy(marks["prompt"]).flatten(), claim_N=torch.from_numpy(marks["claim"]).flatten(),
+        num_groups=len(groups),
+        group_size=group_size,
+        num_claims=len(claim_response),
+        predicts_N=torch.from_numpy(marks["predicts"]).flatten(),
+        response_N=torch.from_numpy(marks["response"]).flatten(),
+        prompt_N=torch.from_numpy(marks["prompt"]).flatten(),
+        claim_N=torch.from_numpy(marks["claim"]).flatten(),
         claim_response_C=torch.from_numpy(claim_response),
         claim_is_real_C=torch.tensor([real[index] for index in claim_response], dtype=torch.bool),
-        behaviour_logprob_N=torch.from_numpy(behaviour).flatten(), sampled_logprob_N=torch.from_numpy(sampled).flatten(),
+        behaviour_logprob_N=torch.from_numpy(behaviour).flatten(),
+        sampled_logprob_N=torch.from_numpy(sampled).flatten(),
         content_PGT=torch.from_numpy(padded).view(len(groups), group_size, -1),
         content_length_PG=per_response([len(content) for content in contents]),
         length_PG=per_response([len(response.token_ids) for _, response in pairs]),
@@ -199,15 +216,25 @@ def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTab
         age_P=torch.tensor([float(version - group.oldest_version) for group in groups]),
     )
     return MicroBatch(
-        input_ids_RT=torch.from_numpy(marks["input_ids"]), position_ids_RT=torch.from_numpy(marks["position_ids"]),
-        segment_RT=torch.from_numpy(marks["segment"]), target_RT=torch.from_numpy(marks["target"]),
-        is_corpus_RT=torch.zeros(shape, dtype=torch.bool), groups=tensors)
+        input_ids_RT=torch.from_numpy(marks["input_ids"]),
+        position_ids_RT=torch.from_numpy(marks["position_ids"]),
+        segment_RT=torch.from_numpy(marks["segment"]),
+        target_RT=torch.from_numpy(marks["target"]),
+        is_corpus_RT=torch.zeros(shape, dtype=torch.bool),
+        groups=tensors,
+    )
 
 
 def corpus_batch(input_ids_RT: Tensor, position_ids_RT: Tensor, segment_RT: Tensor, target_RT: Tensor) -> MicroBatch:
     """Corpus rows alone."""
-    return MicroBatch(input_ids_RT, position_ids_RT, segment_RT, target_RT,
-                      is_corpus_RT=torch.ones_like(input_ids_RT, dtype=torch.bool), groups=None)
+    return MicroBatch(
+        input_ids_RT,
+        position_ids_RT,
+        segment_RT,
+        target_RT,
+        is_corpus_RT=torch.ones_like(input_ids_RT, dtype=torch.bool),
+        groups=None,
+    )
 
 
 def join(corpus: MicroBatch, rollouts: MicroBatch) -> MicroBatch:
@@ -220,9 +247,19 @@ def join(corpus: MicroBatch, rollouts: MicroBatch) -> MicroBatch:
     def shifted(values_N: Tensor, fill: float) -> Tensor:
         return torch.cat([torch.full((num_corpus_tokens,), fill, dtype=values_N.dtype), values_N])
 
-    moved = {name: shifted(getattr(groups, name), fill) for name, fill in (
-        ("predicts_N", -1), ("response_N", -1), ("prompt_N", -1), ("claim_N", -1),
-        ("behaviour_logprob_N", 0.0), ("sampled_logprob_N", 0.0))}
-    rows = {name: torch.cat([getattr(corpus, name), getattr(rollouts, name)]) for name in (
-        "input_ids_RT", "position_ids_RT", "segment_RT", "target_RT", "is_corpus_RT")}
+    moved = {
+        name: shifted(getattr(groups, name), fill)
+        for name, fill in (
+            ("predicts_N", -1),
+            ("response_N", -1),
+            ("prompt_N", -1),
+            ("claim_N", -1),
+            ("behaviour_logprob_N", 0.0),
+            ("sampled_logprob_N", 0.0),
+        )
+    }
+    rows = {
+        name: torch.cat([getattr(corpus, name), getattr(rollouts, name)])
+        for name in ("input_ids_RT", "position_ids_RT", "segment_RT", "target_RT", "is_corpus_RT")
+    }
     return MicroBatch(**rows, groups=replace(groups, **moved))

@@ -38,7 +38,11 @@ def fact_score(verified_C: Tensor, groups: GroupTensors) -> Tensor:
 
 
 def self_reward(
-    heads: EvaluatorOutput, groups: GroupTensors, mean_entropy_PG: Tensor, vocab_size: int, uncertainty_weight: float,
+    heads: EvaluatorOutput,
+    groups: GroupTensors,
+    mean_entropy_PG: Tensor,
+    vocab_size: int,
+    uncertainty_weight: float,
 ) -> SelfReward:
     """The three terms of R_self.
 
@@ -53,4 +57,6 @@ def self_reward(
         logic_PG=heads.consistency_PG * has_content_PG,
         fact_PG=fact_score_PG - uncertainty_weight * uncertainty_PG,
         behav_PG=(heads.behaviour_PGM @ heads.behaviour_weight_M) * has_content_PG,
-        fact_score_PG=fact_score_PG, uncertainty_PG=uncertainty_PG)
+        fact_score_PG=fact_score_PG,
+        uncertainty_PG=uncertainty_PG,
+    )

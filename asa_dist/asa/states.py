@@ -22,14 +22,19 @@ class PooledStates:
 
 
 def pool_states(
-    middle_NH: Tensor, final_NH: Tensor, center_H: Tensor, groups: GroupTensors, embedding: Literal["learned", "raw"],
+    middle_NH: Tensor,
+    final_NH: Tensor,
+    center_H: Tensor,
+    groups: GroupTensors,
+    embedding: Literal["learned", "raw"],
 ) -> PooledStates:
     """Means over responses, prompts and claims; ``raw`` lets the evaluator read uncentred final states (the paper)."""
     shape = (groups.num_groups, groups.group_size, -1)
     num_responses = groups.num_groups * groups.group_size
     segmentations = ((groups.response_N, num_responses), (groups.claim_N, groups.num_claims))
     response_SH, claim_CH, prompt_SH = segment_means(
-        middle_NH.detach(), (*segmentations, (groups.prompt_N, num_responses)))
+        middle_NH.detach(), (*segmentations, (groups.prompt_N, num_responses))
+    )
     has_tokens_S1 = (groups.length_PG > 0).view(-1, 1)
     has_content_S1 = (groups.content_length_PG > 0).view(-1, 1)
     centred_PGH = ((response_SH - center_H) * has_tokens_S1).view(shape)
@@ -39,6 +44,10 @@ def pool_states(
         raw_SH, evaluator_claim_CH = (segment_mean(final_NH.detach(), ids, count) for ids, count in segmentations)
         evaluator_response_PGH = raw_SH.view(shape)
     return PooledStates(
-        response_PGH=centred_PGH, prompt_PGH=(prompt_SH - center_H).view(shape), claim_CH=claim_centred_CH,
+        response_PGH=centred_PGH,
+        prompt_PGH=(prompt_SH - center_H).view(shape),
+        claim_CH=claim_centred_CH,
         uncentred_sum_H=(response_SH * has_content_S1).sum(0),
-        evaluator_response_PGH=evaluator_response_PGH, evaluator_claim_CH=evaluator_claim_CH)
+        evaluator_response_PGH=evaluator_response_PGH,
+        evaluator_claim_CH=evaluator_claim_CH,
+    )

@@ -29,7 +29,7 @@ def z_score(reward_PG: Tensor) -> Tensor:
 def average_ranks(values_PG: Tensor) -> Tensor:
     """Ranks 1 … G within the group; equal values share the mean of their ranks.
 
-    Rewards of equal responses differ in their last bits, by their place in the batch: within ``TIE_TOLERANCE`` is equal.
+    Within ``TIE_TOLERANCE`` is equal: rewards of equal responses differ in their last bits, by their place in the batch.
     """
     above_PGG = values_PG.unsqueeze(2) - values_PG.unsqueeze(1)
     less_PG = (above_PGG > TIE_TOLERANCE).sum(-1)
@@ -126,12 +126,16 @@ class AlignmentState(nn.Module):
             mean_rho = summary.rho_sum / summary.num_valid_groups
             self.rho.mul_(config.trust_decay).add_((1 - config.trust_decay) * mean_rho)
         self.steps.add_(1)
-        self.held_steps.copy_(self.held_steps + 1 if float(self.rho) >= config.warmup_rho else torch.zeros_like(self.held_steps))
+        self.held_steps.copy_(
+            self.held_steps + 1 if float(self.rho) >= config.warmup_rho else torch.zeros_like(self.held_steps)
+        )
         if int(self.held_steps) >= config.warmup_hold_steps or int(self.steps) >= config.max_warmup_steps:
             self.warm.fill_(True)
         self.reward_mean_3.mul_(decay).add_((1 - decay) * summary.reward_mean_3.to(self.reward_mean_3))
         self.meta_mean.mul_(decay).add_((1 - decay) * summary.meta_loss)
         self.mean_weight.mul_(decay).add_(1 - decay)
         if summary.num_pooled > 0:
-            self.center_sum_H.mul_(decay).add_((1 - decay) * (summary.pooled_sum_H / summary.num_pooled).to(self.center_sum_H))
+            self.center_sum_H.mul_(decay).add_(
+                (1 - decay) * (summary.pooled_sum_H / summary.num_pooled).to(self.center_sum_H)
+            )
             self.center_weight.mul_(decay).add_(1 - decay)

@@ -1,7 +1,7 @@
 """Checkpoints: DeepSpeed's shards and the loop's state in one folder that appears, whole, by one rename.
 
-    RUN/checkpoints/step-00000300/          manifest.json: size and checksum of every file
-    RUN/checkpoints/latest                  name of the newest complete one
+RUN/checkpoints/step-00000300/          manifest.json: size and checksum of every file
+RUN/checkpoints/latest                  name of the newest complete one
 """
 
 from __future__ import annotations

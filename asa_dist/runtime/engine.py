@@ -52,8 +52,11 @@ def join_process_group(placement: Placement, timeout_seconds: float) -> None:
     if on_cuda:
         torch.cuda.set_device(placement.device)
     dist.init_process_group(
-        "nccl" if on_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds),
-        rank=placement.rank, world_size=placement.num_ranks)
+        "nccl" if on_cuda else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        rank=placement.rank,
+        world_size=placement.num_ranks,
+    )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
 
@@ -62,28 +65,48 @@ def deepspeed_settings(train: TrainConfig, dtype: str, num_ranks: int) -> dict[s
     """DeepSpeed's config. Clipping is ours (``gradients.clip_by_part``); losses come divided by global counts."""
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.zero_stage == 3:
-        zero |= {"sub_group_size": train.zero_sub_group_size,
-                 "stage3_param_persistence_threshold": train.zero_persistence_threshold}
+        zero |= {
+            "sub_group_size": train.zero_sub_group_size,
+            "stage3_param_persistence_threshold": train.zero_persistence_threshold,
+        }
     if train.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": train.gpus > 0}
     return {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": train.accumulation_steps,
-        "train_batch_size": num_ranks * train.accumulation_steps, "zero_optimization": zero, "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": train.accumulation_steps,
+        "train_batch_size": num_ranks * train.accumulation_steps,
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,
         # stage 0 cannot accumulate bfloat16 gradients in float32
-        "bf16": {"enabled": dtype == "bfloat16"}, "data_types": {"grad_accum_dtype": "fp32" if train.zero_stage else None},
-        "zero_allow_untested_optimizer": True, "steps_per_print": 2**62, "wall_clock_breakdown": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32" if train.zero_stage else None},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": False,
     }
 
 
 def parameter_groups(model: AsaModel, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """ψ's matrices (decayed), ψ's vectors, φ, ξ: each with its own learning rate, set anew every step."""
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {
-        (PSI, True): [], (PSI, False): [], (PHI, False): [], (XI, False): []}
+        (PSI, True): [],
+        (PSI, False): [],
+        (PHI, False): [],
+        (XI, False): [],
+    }
     for part, _, parameter in named_parts(model):
         groups[part, part == PSI and parameter.dim() >= 2].append(parameter)
     rates = {PSI: optimizer.lr_psi, PHI: optimizer.lr_phi, XI: optimizer.lr_xi}
-    return [{"params": parameters, "lr": rates[part], "weight_decay": optimizer.weight_decay if decayed else 0.0, "part": part}
-            for (part, decayed), parameters in groups.items() if parameters]
+    return [
+        {
+            "params": parameters,
+            "lr": rates[part],
+            "weight_decay": optimizer.weight_decay if decayed else 0.0,
+            "part": part,
+        }
+        for (part, decayed), parameters in groups.items()
+        if parameters
+    ]
 
 
 def schedule_factor(step: int, num_steps: int, config: OptimizerConfig) -> float:
@@ -123,22 +146,33 @@ class TrainEngine:
         self.generator_shapes = [(name, tuple(p.shape)) for part, name, p in named_parts(model) if part == PSI]
         groups = parameter_groups(model, config.optimizer)
         self._part_of_group = [group["part"] for group in groups]
-        adam: dict[str, Any] = {"betas": (config.optimizer.adam_beta1, config.optimizer.adam_beta2), "eps": config.optimizer.adam_eps}
-        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **adam) if config.train.offload_optimizer else torch.optim.AdamW(groups, **adam)
+        adam: dict[str, Any] = {
+            "betas": (config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+            "eps": config.optimizer.adam_eps,
+        }
+        optimizer = (
+            DeepSpeedCPUAdam(groups, adamw_mode=True, **adam)
+            if config.train.offload_optimizer
+            else torch.optim.AdamW(groups, **adam)
+        )
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer,
-            config=deepspeed_settings(config.train, config.model.dtype, placement.num_ranks))
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_settings(config.train, config.model.dtype, placement.num_ranks),
+        )
         self._set_collective_timeout(config.train.collective_timeout_seconds)
 
     def _set_collective_timeout(self, timeout_seconds: float) -> None:
-        """ZeRO's own groups ignore the timeout of ``init_process_group``: a lost peer would be waited for without end."""
+        """ZeRO's own groups ignore the timeout of ``init_process_group``: they would wait for a lost peer for ever."""
         timeout = datetime.timedelta(seconds=timeout_seconds)
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     # --- one step ----------------------------------------------------------------------------------------------
-    def train_step(self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]) -> StepResult:
+    def train_step(
+        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
+    ) -> StepResult:
         """Forward and backward per micro-batch, one optimizer step.
 
         Args:
@@ -154,8 +188,9 @@ class TrainEngine:
             # DeepSpeed divides by ranks and micro-batches; ours are sums over global counts
             self.engine.backward(output.loss * self.placement.num_ranks, scale_wrt_gas=False)
             if number == len(batches) - 1:
-                result.gradient_norms.update(clip_by_part(
-                    self.optimizer, self._part_of_group, PARTS, self.config.optimizer.clip_norm))
+                result.gradient_norms.update(
+                    clip_by_part(self.optimizer, self._part_of_group, PARTS, self.config.optimizer.clip_norm)
+                )
                 if not all(math.isfinite(norm) for norm in result.gradient_norms.values()):
                     raise TrainingError(f"gradient norms {result.gradient_norms} are not finite; no update was made")
             self.engine.step()
@@ -221,7 +256,7 @@ class TrainEngine:
                 yield parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]  # ZeRO-3 adds it
             else:
                 size = -(-parameter.numel() // num_ranks)
-                yield parameter.detach().flatten()[rank * size:(rank + 1) * size]
+                yield parameter.detach().flatten()[rank * size : (rank + 1) * size]
 
     def close(self) -> None:
         """Leaves the process group; call once, at the end."""

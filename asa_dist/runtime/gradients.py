@@ -1,8 +1,8 @@
 """Gradient norms and clipping per part (ψ, φ, ξ), for every ZeRO stage.
 
 DeepSpeed clips by one norm over all parameter groups, so that a spike in an evaluator head would shrink the generator's
-step. Here each part is clipped by its own norm, on the rank's own gradient partitions, between backward and step; DeepSpeed's
-clipping stays off.
+step. Here each part is clipped by its own norm, on the rank's own gradient partitions, between backward and step;
+DeepSpeed's clipping stays off.
 """
 
 from __future__ import annotations

@@ -25,16 +25,24 @@ class ProgressLine:
         self._started = time.monotonic()
         self._last_plain = float("-inf")
         self._plain_every_seconds = plain_every_seconds
-        self._bar = tqdm(total=num_steps, initial=first_step, file=stream, unit="step", dynamic_ncols=True) if stream.isatty() else None
+        self._bar = (
+            tqdm(total=num_steps, initial=first_step, file=stream, unit="step", dynamic_ncols=True)
+            if stream.isatty()
+            else None
+        )
 
     def show(self, values: dict[str, float]) -> None:
         if "eval/perplexity" in values:
-            self.say(f"step {values['step']:.0f}: held-out perplexity {values['eval/perplexity']:.2f}, "
-                     f"bigram model of the same tokens {values['eval/bigram_perplexity']:.2f}")
+            self.say(
+                f"step {values['step']:.0f}: held-out perplexity {values['eval/perplexity']:.2f}, "
+                f"bigram model of the same tokens {values['eval/bigram_perplexity']:.2f}"
+            )
         if "loss/total" not in values:
             return
-        text = (f"loss {values['loss/total']:.3f} mle {values['loss/mle']:.3f} align {values['loss/self_align']:+.3f} "
-                f"τ {values['trust/tau']:.2f} β {values['trust/beta']:.1f} {values['perf/tokens_per_second']:,.0f} tokens/s")
+        text = (
+            f"loss {values['loss/total']:.3f} mle {values['loss/mle']:.3f} align {values['loss/self_align']:+.3f} "
+            f"τ {values['trust/tau']:.2f} β {values['trust/beta']:.1f} {values['perf/tokens_per_second']:,.0f} tokens/s"
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(int(values["step"]) - self._bar.n)
@@ -61,12 +69,18 @@ class RunRecorder:
     """Appends one JSON object per line; every line is flushed, so that a killed run keeps what it had written."""
 
     def __init__(
-        self, run_dir: Path, config: MetricsConfig, decode: Callable[[Sequence[int]], str], progress: ProgressLine,
+        self,
+        run_dir: Path,
+        config: MetricsConfig,
+        decode: Callable[[Sequence[int]], str],
+        progress: ProgressLine,
     ):
         self._config = config
         self._decode = decode
         self._progress = progress
-        self._files = {name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8") for name in ("metrics", "samples", "trained")}
+        self._files = {
+            name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8") for name in ("metrics", "samples", "trained")
+        }
 
     def _append(self, name: str, value: dict[str, Any]) -> None:
         file = self._files[name]
@@ -80,17 +94,31 @@ class RunRecorder:
     def trained(self, step: int, prompt_ids: list[int]) -> None:
         self._append("trained", {"step": step, "prompt_ids": prompt_ids})
 
-    def samples(self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float) -> None:
+    def samples(
+        self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
+    ) -> None:
         """The first groups of this rank's first micro-batch, with every reward term."""
-        for place, group in enumerate(groups[:min(self._config.sample_groups, next(iter(terms[0].values())).shape[0])]):
-            self._append("samples", {
-                "step": step, "prompt_id": group.prompt.prompt_id, "tau": tau,
-                "prompt": self._decode(group.prompt.token_ids.tolist()),
-                "responses": [{
-                    "text": self._decode(response.token_ids.tolist()), "finished": response.finished,
-                    "version": response.oldest_version,
-                    **{name: float(value_PG[place, index]) for name, value_PG in terms[0].items()},
-                } for index, response in enumerate(group.responses)]})
+        for place, group in enumerate(
+            groups[: min(self._config.sample_groups, next(iter(terms[0].values())).shape[0])]
+        ):
+            self._append(
+                "samples",
+                {
+                    "step": step,
+                    "prompt_id": group.prompt.prompt_id,
+                    "tau": tau,
+                    "prompt": self._decode(group.prompt.token_ids.tolist()),
+                    "responses": [
+                        {
+                            "text": self._decode(response.token_ids.tolist()),
+                            "finished": response.finished,
+                            "version": response.oldest_version,
+                            **{name: float(value_PG[place, index]) for name, value_PG in terms[0].items()},
+                        }
+                        for index, response in enumerate(group.responses)
+                    ],
+                },
+            )
 
     def close(self) -> None:
         for file in self._files.values():
@@ -105,6 +133,8 @@ class SilentRecorder:
 
     def trained(self, step: int, prompt_ids: list[int]) -> None: ...
 
-    def samples(self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float) -> None: ...
+    def samples(
+        self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
+    ) -> None: ...
 
     def close(self) -> None: ...

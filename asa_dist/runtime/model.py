@@ -45,7 +45,8 @@ class TokenLogprobHead(nn.Module):
         if self.temperature != 1.0:
             with torch.no_grad():
                 tempered_N, _ = token_logprob(
-                    hidden_NH, self.weight, target_N, temperature=self.temperature, chunk_tokens=self.chunk_tokens)
+                    hidden_NH, self.weight, target_N, temperature=self.temperature, chunk_tokens=self.chunk_tokens
+                )
         return logprob_N, tempered_N, entropy_N.detach()
 
 
@@ -59,10 +60,13 @@ class AsaModel(nn.Module):
         hidden_size = lm.config.hidden_size
         self.lm = lm
         weight_VH = lm.get_output_embeddings().weight
-        lm.set_output_embeddings(TokenLogprobHead(weight_VH, config.model.logprob_chunk_tokens, config.rollout.temperature))
+        lm.set_output_embeddings(
+            TokenLogprobHead(weight_VH, config.model.logprob_chunk_tokens, config.rollout.temperature)
+        )
         learned = config.evaluator.embedding == "learned"
         self.evaluator = Evaluator(
-            hidden_size, config.evaluator.embedding_size if learned else None, len(config.evaluator.principles))
+            hidden_size, config.evaluator.embedding_size if learned else None, len(config.evaluator.principles)
+        )
         self.meta = MetaOptimizer(config.evaluator.omega_floor)
 
     def forward(self, batch: MicroBatch, inputs: StepInputs) -> FusedOutput:
@@ -73,10 +77,21 @@ class AsaModel(nn.Module):
             mle = corpus_loss(logprob_N, batch, inputs.counts)
             return FusedOutput(mle, {"loss/mle": mle.detach()}, {}, {})
         states = pool_states(middle_NH, final_NH, inputs.center_H, batch.groups, self.config.evaluator.embedding)
-        heads = self.evaluator(states.evaluator_response_PGH, states.evaluator_claim_CH, batch.groups.content_length_PG > 0)
+        heads = self.evaluator(
+            states.evaluator_response_PGH, states.evaluator_claim_CH, batch.groups.content_length_PG > 0
+        )
         return fused_loss(
-            batch, TokenScores(logprob_N, tempered_N, entropy_N), states, heads, self.meta(inputs.progress_F),
-            inputs.coefficients, inputs.counts, self.vocab_size, self.config.evaluator, self.config.objective)
+            batch,
+            TokenScores(logprob_N, tempered_N, entropy_N),
+            states,
+            heads,
+            self.meta(inputs.progress_F),
+            inputs.coefficients,
+            inputs.counts,
+            self.vocab_size,
+            self.config.evaluator,
+            self.config.objective,
+        )
 
     def _trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Hidden states (middle_NH, final_NH) of all tokens; segments of a row do not see each other."""
@@ -84,18 +99,25 @@ class AsaModel(nn.Module):
         if self.lm.config._attn_implementation == "flash_attention_2":
             # flash-attn takes one long row: positions that restart at 0 mark where sequences begin
             output = self.lm.base_model(
-                input_ids=batch.input_ids_RT.view(1, -1), position_ids=_restarting_positions(batch).view(1, -1),
-                use_cache=False, output_hidden_states=True)
+                input_ids=batch.input_ids_RT.view(1, -1),
+                position_ids=_restarting_positions(batch).view(1, -1),
+                use_cache=False,
+                output_hidden_states=True,
+            )
         else:
             output = self.lm.base_model(
-                input_ids=batch.input_ids_RT, position_ids=batch.position_ids_RT, use_cache=False,
-                output_hidden_states=True, attention_mask=segment_mask(batch.segment_RT))
+                input_ids=batch.input_ids_RT,
+                position_ids=batch.position_ids_RT,
+                use_cache=False,
+                output_hidden_states=True,
+                attention_mask=segment_mask(batch.segment_RT),
+            )
         middle = output.hidden_states[len(output.hidden_states) // 2]
         return middle.reshape(num_rows * row_length, -1), output.last_hidden_state.reshape(num_rows * row_length, -1)
 
 
 def segment_mask(segment_RT: Tensor) -> Tensor:
-    """Boolean [R, 1, T, T]: causal, within equal segments; every position sees itself (padding too: no empty softmax)."""
+    """Boolean [R, 1, T, T]: causal, within equal segments; every position sees itself, padding too (no empty softmax)."""
     same_RTT = segment_RT.unsqueeze(2) == segment_RT.unsqueeze(1)
     return (same_RTT & torch.ones_like(same_RTT[0]).tril()).unsqueeze(1)
 
@@ -116,11 +138,21 @@ def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int) -> Pre
     if config.name_or_path is None:
         arch = config.architecture
         return LlamaConfig(
-            vocab_size=vocab_size, hidden_size=arch.hidden_size, intermediate_size=arch.intermediate_size,
-            num_hidden_layers=arch.num_layers, num_attention_heads=arch.num_attention_heads,
-            num_key_value_heads=arch.num_key_value_heads, max_position_embeddings=arch.max_position_embeddings,
-            rope_theta=arch.rope_theta, initializer_range=arch.initializer_std, tie_word_embeddings=arch.tie_word_embeddings,
-            bos_token_id=None, eos_token_id=eos_token_id, pad_token_id=None, use_cache=True)
+            vocab_size=vocab_size,
+            hidden_size=arch.hidden_size,
+            intermediate_size=arch.intermediate_size,
+            num_hidden_layers=arch.num_layers,
+            num_attention_heads=arch.num_attention_heads,
+            num_key_value_heads=arch.num_key_value_heads,
+            max_position_embeddings=arch.max_position_embeddings,
+            rope_theta=arch.rope_theta,
+            initializer_range=arch.initializer_std,
+            tie_word_embeddings=arch.tie_word_embeddings,
+            bos_token_id=None,
+            eos_token_id=eos_token_id,
+            pad_token_id=None,
+            use_cache=True,
+        )
     try:
         loaded = AutoConfig.from_pretrained(Path(config.name_or_path).expanduser(), trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -128,11 +160,15 @@ def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int) -> Pre
     for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(loaded, attribute, None) not in (None, 1.0):
             raise ModelError(
-                f"model.name_or_path = {config.name_or_path!r}: its {attribute} = {getattr(loaded, attribute)} changes the "
-                "logits after the output projection, which the chunked log-probabilities do not compute; choose another model")
+                f"model.name_or_path = {config.name_or_path!r}: its {attribute} = {getattr(loaded, attribute)} "
+                "changes the logits after the output projection, which the chunked log-probabilities do not compute; "
+                "choose another model"
+            )
     if loaded.vocab_size < vocab_size:
-        raise ModelError(f"model.name_or_path = {config.name_or_path!r} has {loaded.vocab_size} embeddings, "
-                         f"the tokenizer {vocab_size} tokens: they do not belong together")
+        raise ModelError(
+            f"model.name_or_path = {config.name_or_path!r} has {loaded.vocab_size} embeddings, "
+            f"the tokenizer {vocab_size} tokens: they do not belong together"
+        )
     return loaded
 
 
@@ -147,8 +183,8 @@ def attention_implementation(config: ModelConfig, on_cuda: bool) -> str:
 def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: bool) -> AsaModel:
     """The whole module in float32 on the CPU, the same on every rank: from ``config.seed``, or pretrained.
 
-    Every rank builds it and ``deepspeed.initialize`` partitions it: under ``zero.Init`` transformers' own initialisation
-    does not reach partitioned weights.
+    Every rank builds it and ``deepspeed.initialize`` partitions it: under ``zero.Init`` transformers' own
+    initialisation does not reach partitioned weights.
     """
     trunk = trunk_config(config.model, vocab_size, eos_token_id)
     attention = attention_implementation(config.model, on_cuda)
@@ -157,8 +193,12 @@ def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: boo
         lm = AutoModelForCausalLM.from_config(trunk, attn_implementation=attention, dtype=torch.float32)
     else:
         lm = AutoModelForCausalLM.from_pretrained(
-            Path(config.model.name_or_path).expanduser(), config=trunk, attn_implementation=attention,
-            dtype=torch.float32, trust_remote_code=False)
+            Path(config.model.name_or_path).expanduser(),
+            config=trunk,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
     projection = lm.get_output_embeddings()
     if not isinstance(projection, nn.Linear) or getattr(projection, "bias", None) is not None:
         raise ModelError(f"{type(lm).__name__}: its output projection is not a plain Linear without bias")
@@ -180,4 +220,3 @@ def count_parameters(model: AsaModel) -> dict[str, int]:
     for part, _, parameter in named_parts(model):
         counts[part] += parameter.numel()
     return counts
-

@@ -30,11 +30,23 @@ from tests.asa.reference import (
 
 HIDDEN, EMBEDDING, ROW = 12, 7, 48
 TAU, RHO, STEP = 0.35, 0.35, 41
-TERMS = {"logic": "logic", "fact": "fact", "fact_score": "fact_score", "uncertainty": "uncertainty", "behav": "behav",
-         "self": "self_reward", "self_consistency": "self_consistency", "coherence": "coherence", "quality": "quality",
-         "intrinsic": "intrinsic", "used": "used", "advantage": "advantage"}
+TERMS = {
+    "logic": "logic",
+    "fact": "fact",
+    "fact_score": "fact_score",
+    "uncertainty": "uncertainty",
+    "behav": "behav",
+    "self": "self_reward",
+    "self_consistency": "self_consistency",
+    "coherence": "coherence",
+    "quality": "quality",
+    "intrinsic": "intrinsic",
+    "used": "used",
+    "advantage": "advantage",
+}
 REF_TABLES = RefTables(
-    claim_end={3, 5, 7, 11}, sentence_end={3, 5}, blank={worlds.EOS, 7}, eos_id=worlds.EOS, vocab_size=worlds.VOCAB)
+    claim_end={3, 5, 7, 11}, sentence_end={3, 5}, blank={worlds.EOS, 7}, eos_id=worlds.EOS, vocab_size=worlds.VOCAB
+)
 
 
 @dataclass
@@ -67,7 +79,10 @@ def make_world(seed: int, group_size: int, evaluator: dict[str, Any], objective:
     logprob_N = -torch.empty(num_tokens).exponential_(0.5) * predicts
     tempered_N = (logprob_N + 0.3 * torch.randn(num_tokens)) * predicts
     entropy_N = torch.rand(num_tokens) * np.log(worlds.VOCAB) * predicts
-    evaluator_config, objective_config = EvaluatorConfig(embedding_size=EMBEDDING, **evaluator), ObjectiveConfig(**objective)
+    evaluator_config, objective_config = (
+        EvaluatorConfig(embedding_size=EMBEDDING, **evaluator),
+        ObjectiveConfig(**objective),
+    )
     learned = evaluator_config.embedding == "learned"
     heads = Evaluator(HIDDEN, EMBEDDING if learned else None, len(evaluator_config.principles))
     meta = MetaOptimizer(evaluator_config.omega_floor)
@@ -86,26 +101,57 @@ def make_world(seed: int, group_size: int, evaluator: dict[str, Any], objective:
     for index in range(len(groups) * group_size):  # the copies of a prompt have equal states
         own, first = ((batch.groups.prompt_N == i).nonzero().flatten() for i in (index, index - index % group_size))
         middle_NH[own] = middle_NH[first]
-    return World(groups, batch, middle_NH, torch.randn(num_tokens, HIDDEN) - 0.2,
-                 TokenScores(logprob_N.requires_grad_(), tempered_N, entropy_N), heads, meta, state, evaluator_config, objective_config)
+    return World(
+        groups,
+        batch,
+        middle_NH,
+        torch.randn(num_tokens, HIDDEN) - 0.2,
+        TokenScores(logprob_N.requires_grad_(), tempered_N, entropy_N),
+        heads,
+        meta,
+        state,
+        evaluator_config,
+        objective_config,
+    )
 
 
 def ours(world: World) -> tuple[FusedOutput, GlobalCounts]:
     counts = GlobalCounts(*GlobalCounts.of(world.batch).tolist())
     groups = world.batch.groups
-    states = pool_states(world.middle_NH, world.final_NH, world.state.center(), groups, world.evaluator_config.embedding)
+    states = pool_states(
+        world.middle_NH, world.final_NH, world.state.center(), groups, world.evaluator_config.embedding
+    )
     heads = world.evaluator(states.evaluator_response_PGH, states.evaluator_claim_CH, groups.content_length_PG > 0)
-    coefficients = StepCoefficients(world.objective_config.alpha, world.objective_config.beta, world.objective_config.gamma, world.state.tau)
-    output = fused_loss(world.batch, world.scores, states, heads, world.meta(world.state.progress()), coefficients, counts,
-                        worlds.VOCAB, world.evaluator_config, world.objective_config)
+    coefficients = StepCoefficients(
+        world.objective_config.alpha, world.objective_config.beta, world.objective_config.gamma, world.state.tau
+    )
+    output = fused_loss(
+        world.batch,
+        world.scores,
+        states,
+        heads,
+        world.meta(world.state.progress()),
+        coefficients,
+        counts,
+        worlds.VOCAB,
+        world.evaluator_config,
+        world.objective_config,
+    )
     return output, counts
 
 
 def reference(world: World) -> RefResult:
     groups, config = world.batch.groups, world.evaluator_config
-    per_position = {name: value.detach().double().numpy() for name, value in (
-        ("middle", world.middle_NH), ("final", world.final_NH), ("logprob", world.scores.logprob_N),
-        ("tempered_logprob", world.scores.tempered_logprob_N), ("entropy", world.scores.entropy_N))}
+    per_position = {
+        name: value.detach().double().numpy()
+        for name, value in (
+            ("middle", world.middle_NH),
+            ("final", world.final_NH),
+            ("logprob", world.scores.logprob_N),
+            ("tempered_logprob", world.scores.tempered_logprob_N),
+            ("entropy", world.scores.entropy_N),
+        )
+    }
     ref_groups = []
     for g, group in enumerate(world.groups):
         responses = []
@@ -114,18 +160,35 @@ def reference(world: World) -> RefResult:
             at = (groups.response_N == index).nonzero().flatten().numpy()
             before = (groups.predicts_N == index).nonzero().flatten().numpy()
             assert len(at) == len(before) == len(response.token_ids)
-            responses.append(RefResponse(
-                response.token_ids.tolist(), response.finished, per_position["middle"][at], per_position["final"][at],
-                per_position["logprob"][before], per_position["tempered_logprob"][before],
-                response.behaviour_logprob_T.astype(np.float64), per_position["entropy"][before]))
+            responses.append(
+                RefResponse(
+                    response.token_ids.tolist(),
+                    response.finished,
+                    per_position["middle"][at],
+                    per_position["final"][at],
+                    per_position["logprob"][before],
+                    per_position["tempered_logprob"][before],
+                    response.behaviour_logprob_T.astype(np.float64),
+                    per_position["entropy"][before],
+                )
+            )
         prompt_at = (groups.prompt_N == g * len(group.responses)).nonzero().flatten().numpy()
         ref_groups.append(RefGroup(per_position["middle"][prompt_at], responses))
     p = {name: value.detach().double().numpy() for name, value in world.evaluator.named_parameters()}
     m = {name: value.detach().double().numpy() for name, value in world.meta.named_parameters()}
     params = RefParams(
-        p.get("projection_DH", np.eye(HIDDEN)), p["consistency_left_D"], p["consistency_right_D"], float(p["consistency_bias"][0]),
-        p["verify_H"], float(p["verify_bias"][0]), p["principle_MD"], p["principle_bias_M"], p["principle_logit_M"],
-        m["weight_3F"], m["bias_3"])
+        p.get("projection_DH", np.eye(HIDDEN)),
+        p["consistency_left_D"],
+        p["consistency_right_D"],
+        float(p["consistency_bias"][0]),
+        p["verify_H"],
+        float(p["verify_bias"][0]),
+        p["principle_MD"],
+        p["principle_bias_M"],
+        p["principle_logit_M"],
+        m["weight_3F"],
+        m["bias_3"],
+    )
     state = RefState(STEP, world.state.center().double().numpy(), np.array([0.2, -0.1, 0.4]), 0.03, TAU, RHO)
     names = set(RefConfig.__dataclass_fields__)
     knobs = {**config.model_dump(), **world.objective_config.model_dump()}
@@ -136,12 +199,26 @@ def reference(world: World) -> RefResult:
 
 CASES = [
     pytest.param({}, {}, id="defaults"),
-    pytest.param({"embedding": "raw", "trust": "always", "omega_floor": 0.0},
-                 {"advantage": "none", "phi_self_align": "paper", "importance": "none", "embedding_loss_weight": 0.0,
-                  "indicator_loss_weight": 0.0, "principle_loss_weight": 0.0}, id="paper-letter"),
-    pytest.param({"uncertainty_weight": 0.1, "principles": ["non_repetition", "fluency"]},
-                 {"advantage": "group_mean", "importance": "sequence", "importance_cap": 1.5}, id="sequence"),
-    pytest.param({"omega_floor": 0.2}, {"advantage": "leave_one_out", "phi_self_align": "off", "beta": 0.7}, id="leave-one-out"),
+    pytest.param(
+        {"embedding": "raw", "trust": "always", "omega_floor": 0.0},
+        {
+            "advantage": "none",
+            "phi_self_align": "paper",
+            "importance": "none",
+            "embedding_loss_weight": 0.0,
+            "indicator_loss_weight": 0.0,
+            "principle_loss_weight": 0.0,
+        },
+        id="paper-letter",
+    ),
+    pytest.param(
+        {"uncertainty_weight": 0.1, "principles": ["non_repetition", "fluency"]},
+        {"advantage": "group_mean", "importance": "sequence", "importance_cap": 1.5},
+        id="sequence",
+    ),
+    pytest.param(
+        {"omega_floor": 0.2}, {"advantage": "leave_one_out", "phi_self_align": "off", "beta": 0.7}, id="leave-one-out"
+    ),
 ]
 
 
@@ -157,12 +234,21 @@ def test_terms_and_losses(group_size: int, evaluator: dict[str, Any], objective:
         np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=2e-6, err_msg=name)
     for name in world.evaluator_config.principles:
         wanted = np.array([[term.signals[name] for term in group] for group in expected.terms])
-        np.testing.assert_allclose(output.terms[f"signal/{name}"].double().numpy(), wanted, rtol=2e-5, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            output.terms[f"signal/{name}"].double().numpy(), wanted, rtol=2e-5, atol=2e-6, err_msg=name
+        )
     losses, config = expected.losses, world.objective_config
     wanted_losses = {
-        "loss/mle": losses.mle, "loss/self_align": losses.self_align_psi + losses.self_align_phi, "loss/meta": losses.meta,
-        "loss/heads": (config.embedding_loss_weight * losses.embedding + config.indicator_loss_weight * losses.indicator
-                       + config.principle_loss_weight * losses.principles), "loss/total": losses.total}
+        "loss/mle": losses.mle,
+        "loss/self_align": losses.self_align_psi + losses.self_align_phi,
+        "loss/meta": losses.meta,
+        "loss/heads": (
+            config.embedding_loss_weight * losses.embedding
+            + config.indicator_loss_weight * losses.indicator
+            + config.principle_loss_weight * losses.principles
+        ),
+        "loss/total": losses.total,
+    }
     for name, value in wanted_losses.items():
         assert float(output.sums[name]) == pytest.approx(value, rel=2e-5, abs=2e-6), name
     omega = [float(output.sums[f"omega/{name}"]) for name in ("logic", "fact", "behav")]
@@ -175,10 +261,16 @@ def test_trust_after_the_step() -> None:
     world = make_world(3, 5, {}, {})
     output, counts = ours(world)
     expected = reference(world)
-    world.state.update(StepSummary(
-        float(output.sums["trust/rho_sum"]), float(output.sums["trust/valid_groups"]),
-        torch.stack([output.sums[f"reward/{name}"] for name in ("logic", "fact", "behav")]) / counts.responses,
-        float(output.sums["loss/meta"]), output.sums["pooled_sum"], counts.contentful))
+    world.state.update(
+        StepSummary(
+            float(output.sums["trust/rho_sum"]),
+            float(output.sums["trust/valid_groups"]),
+            torch.stack([output.sums[f"reward/{name}"] for name in ("logic", "fact", "behav")]) / counts.responses,
+            float(output.sums["loss/meta"]),
+            output.sums["pooled_sum"],
+            counts.contentful,
+        )
+    )
     assert float(world.state.rho) == pytest.approx(expected.rho, rel=1e-6)
     assert world.state.tau == pytest.approx(expected.tau, rel=1e-6)
     assert 0 < len(expected.correlations) < len(world.groups), "the world should hold valid and invalid groups"

@@ -15,17 +15,20 @@ from tests.asa import worlds
 ENDS = worlds.TABLES.claim_end_V  # ids 3, 5, 7, 11 end a claim
 
 
-@pytest.mark.parametrize(("content", "spans"), [
-    ([], []),
-    ([20, 21, 22], []),  # no end
-    ([20, 21, 3], [(0, 3)]),
-    ([20, 21, 3, 30, 31], [(0, 3)]),  # what follows the last end is no claim
-    ([20, 21, 3, 30, 3], [(0, 5)]),  # a short one joins the one before
-    ([20, 3, 30, 31, 3], [(0, 5)]),  # a short first one joins the one after
-    ([3, 3], []),  # never three tokens
-    ([3, 3, 3], [(0, 3)]),
-    ([20, 21, 3, 30, 31, 5, 40, 41, 42, 7], [(0, 3), (3, 6), (6, 10)]),
-])
+@pytest.mark.parametrize(
+    ("content", "spans"),
+    [
+        ([], []),
+        ([20, 21, 22], []),  # no end
+        ([20, 21, 3], [(0, 3)]),
+        ([20, 21, 3, 30, 31], [(0, 3)]),  # what follows the last end is no claim
+        ([20, 21, 3, 30, 3], [(0, 5)]),  # a short one joins the one before
+        ([20, 3, 30, 31, 3], [(0, 5)]),  # a short first one joins the one after
+        ([3, 3], []),  # never three tokens
+        ([3, 3, 3], [(0, 3)]),
+        ([20, 21, 3, 30, 31, 5, 40, 41, 42, 7], [(0, 3), (3, 6), (6, 10)]),
+    ],
+)
 def test_claim_spans(content: list[int], spans: list[tuple[int, int]]) -> None:
     assert claim_spans(np.array(content, dtype=np.int32), ENDS) == spans
 
@@ -54,7 +57,11 @@ def test_marks_lead_back_to_the_responses() -> None:
     batch = pack_groups(groups, 64, worlds.TABLES, version=0)
     tensors = batch.groups
     assert tensors is not None
-    ids_N, target_N, position_N = batch.input_ids_RT.flatten(), batch.target_RT.flatten(), batch.position_ids_RT.flatten()
+    ids_N, target_N, position_N = (
+        batch.input_ids_RT.flatten(),
+        batch.target_RT.flatten(),
+        batch.position_ids_RT.flatten(),
+    )
     for index, (group, response) in enumerate((g, r) for g in groups for r in g.responses):
         assert ids_N[tensors.response_N == index].tolist() == response.token_ids.tolist()
         assert ids_N[tensors.prompt_N == index].tolist() == group.prompt.token_ids.tolist()
@@ -66,7 +73,10 @@ def test_marks_lead_back_to_the_responses() -> None:
         assert position_N[here_N].tolist() == list(range(int(here_N.sum())))
         content = content_of(response)
         spans = claim_spans(content, ENDS) or ([(0, len(content))] if len(content) else [])
-        found = [ids_N[tensors.claim_N == claim].tolist() for claim in (tensors.claim_response_C == index).nonzero().flatten().tolist()]
+        found = [
+            ids_N[tensors.claim_N == claim].tolist()
+            for claim in (tensors.claim_response_C == index).nonzero().flatten().tolist()
+        ]
         assert found == [content[start:end].tolist() for start, end in spans]
     assert (target_N[tensors.predicts_N < 0] == IGNORED).all()
 
@@ -91,4 +101,9 @@ def test_refusals() -> None:
         pack_groups([RolloutGroup(0, 0, prompt, (long, long))], 64, worlds.TABLES, version=0)
     short: Response = worlds.response(rng, worlds.Shape(4, True))
     with pytest.raises(ValueError, match="unequal size"):
-        pack_groups([RolloutGroup(0, 0, prompt, (short, short)), RolloutGroup(0, 1, prompt, (short,))], 64, worlds.TABLES, version=0)
+        pack_groups(
+            [RolloutGroup(0, 0, prompt, (short, short)), RolloutGroup(0, 1, prompt, (short,))],
+            64,
+            worlds.TABLES,
+            version=0,
+        )

@@ -1,4 +1,4 @@
-"""Random groups for tests: odd sizes, empty, single-claim, all-equal responses, with states and scores to go with them."""
+"""Random groups for tests: odd sizes, empty, single-claim and all-equal responses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from asa_dist.records import Prompt, Response, RolloutGroup
 
 VOCAB, EOS = 97, 0
 TABLES = TextTables(
-    claim_end_V=np.isin(np.arange(VOCAB), [3, 5, 7, 11]), sentence_end_V=np.isin(np.arange(VOCAB), [3, 5]),
-    blank_V=np.isin(np.arange(VOCAB), [EOS, 7]))
+    claim_end_V=np.isin(np.arange(VOCAB), [3, 5, 7, 11]),
+    sentence_end_V=np.isin(np.arange(VOCAB), [3, 5]),
+    blank_V=np.isin(np.arange(VOCAB), [EOS, 7]),
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ def response(rng: np.random.Generator, shape: Shape, version: int = 0) -> Respon
     content = rng.integers(1, VOCAB, shape.num_content)
     if shape.claim_every is not None:
         content = np.where(TABLES.claim_end_V[content], 50, content)
-        content[shape.claim_every - 1::shape.claim_every] = 3
+        content[shape.claim_every - 1 :: shape.claim_every] = 3
     token_ids = np.concatenate([content, [EOS] * shape.finished]).astype(np.int32)
     return of_tokens(rng, token_ids, shape.finished, version)
 
@@ -41,6 +43,7 @@ def of_tokens(rng: np.random.Generator, token_ids: np.ndarray, finished: bool, v
 
 def groups(rng: np.random.Generator, group_size: int, step: int = 0) -> list[RolloutGroup]:
     """Five groups: mixed, with empty ones, single-claim, all equal, all empty."""
+
     def mixed() -> list[Response]:
         return [response(rng, Shape(int(rng.integers(1, 30)), bool(rng.integers(2)))) for _ in range(group_size)]
 
@@ -52,5 +55,8 @@ def groups(rng: np.random.Generator, group_size: int, step: int = 0) -> list[Rol
     equal = [of_tokens(rng, tokens, finished=False) for _ in range(group_size)]
     empty = [response(rng, Shape(0, True)) for _ in range(group_size)]
     return [
-        RolloutGroup(step, index, Prompt(100 + index, 0, rng.integers(1, VOCAB, 1 + 3 * index).astype(np.int32)), tuple(members))
-        for index, members in enumerate([mixed(), with_empty, claims, equal, empty])]
+        RolloutGroup(
+            step, index, Prompt(100 + index, 0, rng.integers(1, VOCAB, 1 + 3 * index).astype(np.int32)), tuple(members)
+        )
+        for index, members in enumerate([mixed(), with_empty, claims, equal, empty])
+    ]

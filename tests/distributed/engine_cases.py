@@ -29,11 +29,22 @@ def _clipped_updates(placement: Placement, stage: int) -> tuple[float, float, fl
     for weight in (1.0, 100.0):
         # a large ε makes Adam's update proportional to the gradient; otherwise it would hide any scaling
         settings = tiny.config(
-            stage, placement.num_ranks, optimizer__clip_norm=0.2, optimizer__adam_eps=1.0, optimizer__weight_decay=0.0,
-            objective={"embedding_loss_weight": weight, "indicator_loss_weight": weight, "principle_loss_weight": weight})
+            stage,
+            placement.num_ranks,
+            optimizer__clip_norm=0.2,
+            optimizer__adam_eps=1.0,
+            optimizer__weight_decay=0.0,
+            objective={
+                "embedding_loss_weight": weight,
+                "indicator_loss_weight": weight,
+                "principle_loss_weight": weight,
+            },
+        )
         engine = TrainEngine(tiny.model(settings), settings, placement)
         before = _generator(engine)
-        result = engine.train_step(tiny.micro_batches(placement.num_ranks, placement.rank, 1), tiny.inputs(), {PSI: 0.1, PHI: 0.1, XI: 0.1})
+        result = engine.train_step(
+            tiny.micro_batches(placement.num_ranks, placement.rank, 1), tiny.inputs(), {PSI: 0.1, PHI: 0.1, XI: 0.1}
+        )
         sizes.append(float(engine.sum_over_ranks((_generator(engine) - before).square().sum()).sqrt()))
         norm = result.gradient_norms[PHI]
         engine.engine.destroy()
@@ -63,7 +74,9 @@ def nonfinite_reward(placement: Placement) -> tuple[str, bool]:
     if placement.rank == 0:
         inputs = replace(inputs, progress_F=torch.full((5,), float("nan")))
     try:
-        engine.train_step(tiny.micro_batches(placement.num_ranks, placement.rank, 1), inputs, {PSI: 0.1, PHI: 0.1, XI: 0.1})
+        engine.train_step(
+            tiny.micro_batches(placement.num_ranks, placement.rank, 1), inputs, {PSI: 0.1, PHI: 0.1, XI: 0.1}
+        )
     except TrainingError as error:
         return str(error), torch.equal(before, _generator(engine))
     finally:

@@ -54,7 +54,7 @@ def all_stages(placement: Placement, accumulation_steps: int) -> dict[int, tuple
 
 
 def separate_gradients() -> Gradients:
-    """Each loss differentiated on its own, of the whole batch, in one process without DeepSpeed, then added up by part."""
+    """Each loss differentiated on its own, over the whole batch, without DeepSpeed, then added up by part."""
     settings = tiny.config(stage=0)
     model, batch, inputs = tiny.model(settings), tiny.micro_batches(1, 0, 1)[0], tiny.inputs()
     groups, coefficients = batch.groups, inputs.coefficients
@@ -62,15 +62,29 @@ def separate_gradients() -> Gradients:
     scores = TokenScores(*model.lm.get_output_embeddings()(final_NH, batch.target_RT.flatten()))
     states = pool_states(middle_NH, final_NH, inputs.center_H, groups, "learned")
     heads = model.evaluator(states.evaluator_response_PGH, states.evaluator_claim_CH, groups.content_length_PG > 0)
-    scored = score_groups(scores, states, heads, model.meta(inputs.progress_F), groups, coefficients, worlds.VOCAB,
-                          settings.evaluator, settings.objective)
+    scored = score_groups(
+        scores,
+        states,
+        heads,
+        model.meta(inputs.progress_F),
+        groups,
+        coefficients,
+        worlds.VOCAB,
+        settings.evaluator,
+        settings.objective,
+    )
     weight_N, _ = importance_weights(scores, groups, "token", settings.objective.importance_cap)
     meta = (scored.self_PG - scored.intrinsic.total_PG).square().sum() / inputs.counts.responses
     per_part = {
-        PSI: [(coefficients.alpha, corpus_loss(scores.logprob_N, batch, inputs.counts)),
-              (coefficients.beta, generator_loss(scored, scores, weight_N, groups, inputs.counts))],
-        PHI: [(coefficients.beta, evaluator_loss(scored, groups, "centred", inputs.counts)), (coefficients.gamma, meta),
-              (1.0, head_losses(heads, scored, groups, settings.objective, inputs.counts))],
+        PSI: [
+            (coefficients.alpha, corpus_loss(scores.logprob_N, batch, inputs.counts)),
+            (coefficients.beta, generator_loss(scored, scores, weight_N, groups, inputs.counts)),
+        ],
+        PHI: [
+            (coefficients.beta, evaluator_loss(scored, groups, "centred", inputs.counts)),
+            (coefficients.gamma, meta),
+            (1.0, head_losses(heads, scored, groups, settings.objective, inputs.counts)),
+        ],
         XI: [(coefficients.gamma, meta)],
     }
     gradients: Gradients = {}

@@ -24,7 +24,10 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) 
     context = multiprocessing.get_context("spawn")
     answers: Any = context.Queue()
     port = free_port()
-    processes = [context.Process(target=_rank_main, args=(function, rank, num_ranks, port, answers, arguments)) for rank in range(num_ranks)]
+    processes = [
+        context.Process(target=_rank_main, args=(function, rank, num_ranks, port, answers, arguments))
+        for rank in range(num_ranks)
+    ]
     for process in processes:
         process.start()
     results: dict[int, Any] = {}
@@ -36,7 +39,9 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) 
             except queue.Empty:
                 dead = [r for r, process in enumerate(processes) if not process.is_alive() and r not in results]
                 assert not dead, f"rank {dead} died, exit codes {[processes[r].exitcode for r in dead]}"
-                assert time.monotonic() < deadline, f"ranks {sorted(set(range(num_ranks)) - set(results))} did not answer in time"
+                assert time.monotonic() < deadline, (
+                    f"ranks {sorted(set(range(num_ranks)) - set(results))} did not answer in time"
+                )
                 continue
             assert failure is None, f"rank {rank}:\n{failure}"
             results[rank] = result
@@ -49,9 +54,16 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) 
     return [results[rank] for rank in range(num_ranks)]
 
 
-def _rank_main(function: Callable[..., Any], rank: int, num_ranks: int, port: int, answers: Any, arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+def _rank_main(
+    function: Callable[..., Any], rank: int, num_ranks: int, port: int, answers: Any, arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     try:
         import torch
 

@@ -26,12 +26,19 @@ def test_a_spike_in_a_head_does_not_shrink_the_generators_step() -> None:
 def test_golden_step(request: pytest.FixtureRequest) -> None:
     found = run_on_ranks(golden_step, 2)[0]
     wanted: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    wrong = [f"  {name}: was {wanted.get(name)}, is now {found.get(name)}" for name in sorted(found.keys() | wanted.keys())
-             if name not in found or name not in wanted or not math.isclose(found[name], wanted[name], rel_tol=2e-4, abs_tol=2e-6)]
+    wrong = [
+        f"  {name}: was {wanted.get(name)}, is now {found.get(name)}"
+        for name in sorted(found.keys() | wanted.keys())
+        if name not in found
+        or name not in wanted
+        or not math.isclose(found[name], wanted[name], rel_tol=2e-4, abs_tol=2e-6)
+    ]
     assert not wrong, (
-        "one fused step of the tiny model no longer yields what it did:\n" + "\n".join(wrong)
-        + "\nA refactoring must not change these numbers. If the mathematics was meant to change, say so in the commit and "
-        f"write the new ones:\n  python -m tests.distributed.engine_cases > {GOLDEN.relative_to(request.config.rootpath)}")
+        "one fused step of the tiny model no longer yields what it did:\n"
+        + "\n".join(wrong)
+        + "\nA refactoring must not change these numbers. If the mathematics was meant to change, say so in the "
+        f"commit and write the new ones:\n  python -m tests.distributed.engine_cases > {GOLDEN.relative_to(request.config.rootpath)}"
+    )
 
 
 @pytest.mark.distributed

@@ -17,6 +17,8 @@ def test_served_weights_are_the_trainers(num_ranks: int, tmp_path: Path) -> None
         assert list(cases) == CASES
         for case, seen in cases.items():
             assert seen["names_equal"], case
-            assert all(seen["same"].values()), f"{case}: differ: {[name for name, same in seen['same'].items() if not same]}"
+            assert all(seen["same"].values()), (
+                f"{case}: differ: {[name for name, same in seen['same'].items() if not same]}"
+            )
             bound = 1e-4 if case[1] == "float32" else 0.1
             assert seen["max_abs_dlogp"] < bound, f"{case}: log-probabilities differ by {seen['max_abs_dlogp']:.2e}"

@@ -18,17 +18,37 @@ COEFFICIENTS = StepCoefficients(alpha=0.5, beta=0.4, gamma=0.1, tau=0.6)
 
 
 def config(stage: int, num_ranks: int = 1, accumulation_steps: int = 1, **changes: Any) -> Config:
-    """Two sub-groups at least and no persistent parameters: ZeRO-3 in earnest. Changes: ``section__field`` or a section."""
+    """Several sub-groups and no persistent parameters: ZeRO-3 in earnest. Changes: ``section__field`` or a section."""
     tree: dict[str, Any] = {
-        "model": {"architecture": {"hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_attention_heads": 2,
-                                   "num_key_value_heads": 1, "tie_word_embeddings": True}, "logprob_chunk_tokens": 37},
+        "model": {
+            "architecture": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_layers": 3,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "tie_word_embeddings": True,
+            },
+            "logprob_chunk_tokens": 37,
+        },
         "data": {"sequence_length": ROW},
-        "rollout": {"prompts_per_step": NUM_GROUPS, "responses_per_prompt": GROUP_SIZE, "min_prompt_tokens": 1,
-                    "max_prompt_tokens": 12, "max_new_tokens": 32},
+        "rollout": {
+            "prompts_per_step": NUM_GROUPS,
+            "responses_per_prompt": GROUP_SIZE,
+            "min_prompt_tokens": 1,
+            "max_prompt_tokens": 12,
+            "max_new_tokens": 32,
+        },
         "evaluator": {"embedding_size": 16},
         "optimizer": {"clip_norm": 0.0},
-        "train": {"ranks": num_ranks, "accumulation_steps": accumulation_steps, "zero_stage": stage, "corpus_rows_per_step": NUM_ROWS,
-                  "zero_persistence_threshold": 0, "zero_sub_group_size": 5000},
+        "train": {
+            "ranks": num_ranks,
+            "accumulation_steps": accumulation_steps,
+            "zero_stage": stage,
+            "corpus_rows_per_step": NUM_ROWS,
+            "zero_persistence_threshold": 0,
+            "zero_sub_group_size": 5000,
+        },
     }
     for key, value in changes.items():
         if isinstance(value, dict):
@@ -64,7 +84,7 @@ def micro_batches(num_ranks: int, rank: int, accumulation_steps: int) -> list[Mi
     batches = []
     for number in range(rank * accumulation_steps, (rank + 1) * accumulation_steps):
         rows = slice(number * NUM_ROWS // num_batches, (number + 1) * NUM_ROWS // num_batches)
-        mine = groups[number * NUM_GROUPS // num_batches:(number + 1) * NUM_GROUPS // num_batches]
+        mine = groups[number * NUM_GROUPS // num_batches : (number + 1) * NUM_GROUPS // num_batches]
         corpus = corpus_batch(ids[rows], positions[rows], segments[rows], targets[rows])
         batches.append(join(corpus, pack_groups(mine, ROW, worlds.TABLES, version=0)))
     return batches
@@ -77,9 +97,9 @@ def inputs() -> StepInputs:
     return StepInputs(COEFFICIENTS, counts, center_H, torch.tensor([0.7, 0.1, -0.2, 0.3, 0.05]))
 
 
-
-
 def corpus_part(batch: MicroBatch) -> MicroBatch:
     """The corpus rows of a micro-batch alone."""
     rows = batch.is_corpus_RT.all(1)
-    return corpus_batch(batch.input_ids_RT[rows], batch.position_ids_RT[rows], batch.segment_RT[rows], batch.target_RT[rows])
+    return corpus_batch(
+        batch.input_ids_RT[rows], batch.position_ids_RT[rows], batch.segment_RT[rows], batch.target_RT[rows]
+    )

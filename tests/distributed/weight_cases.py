@@ -30,7 +30,9 @@ def all_cases(placement: Placement, folder: str) -> dict[tuple[int, str, bool], 
 
 def publish_and_sample(placement: Placement, folder: str, stage: int, dtype: str, tied: bool) -> dict[str, Any]:
     """One real update, then: is what a worker serves what the trainer holds, and do both score samples alike?"""
-    settings = tiny.config(stage, placement.num_ranks, model__dtype=dtype, model__tie_word_embeddings=tied, rollout__temperature=0.7)
+    settings = tiny.config(
+        stage, placement.num_ranks, model__dtype=dtype, model__tie_word_embeddings=tied, rollout__temperature=0.7
+    )
     model = tiny.model(settings)
     model.lm.config.save_pretrained(Path(folder) / f"{tied}-{placement.rank}")
     engine = TrainEngine(model, settings, placement)
@@ -39,7 +41,12 @@ def publish_and_sample(placement: Placement, folder: str, stage: int, dtype: str
     served = published(engine, placement, dtype)
     held = whole_generator(engine, stage)
     same = {name: torch.equal(served[name], held[name]) and served[name].dtype == held[name].dtype for name in held}
-    worker = HfEngine(str(Path(folder) / f"{tied}-{placement.rank}"), settings.model, SamplingConfig(settings.rollout, 3, worlds.EOS), "cpu")
+    worker = HfEngine(
+        str(Path(folder) / f"{tied}-{placement.rank}"),
+        settings.model,
+        SamplingConfig(settings.rollout, 3, worlds.EOS),
+        "cpu",
+    )
     worker.load(1, iter(served.items()))
     difference = disagreement(engine, worker, placement, batches)
     engine.engine.destroy()
@@ -73,7 +80,9 @@ def disagreement(engine: TrainEngine, worker: HfEngine, placement: Placement, ba
     prompts = [Prompt(i, 0, rng.integers(1, worlds.VOCAB, 2 + 3 * i).astype(np.int32)) for i in range(tiny.NUM_GROUPS)]
     share = tiny.NUM_GROUPS // placement.num_ranks
     mine = range(placement.rank * share, (placement.rank + 1) * share)
-    groups = [RolloutGroup(1, i, prompts[i], responses) for i, responses in enumerate(worker.generate(prompts)) if i in mine]
+    groups = [
+        RolloutGroup(1, i, prompts[i], responses) for i, responses in enumerate(worker.generate(prompts)) if i in mine
+    ]
     corpus = tiny.corpus_part(batches[0])
     batch = join(corpus, pack_groups(groups, tiny.ROW, worlds.TABLES, version=1))
     result = engine.train_step([batch], tiny.inputs(), {PSI: 0.0, PHI: 0.0, XI: 0.0})

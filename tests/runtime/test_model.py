@@ -30,7 +30,11 @@ def test_packed_rollouts_equal_one_sequence_per_row() -> None:
         alone = pack_groups([RolloutGroup(0, 0, group.prompt, (response,))], length, worlds.TABLES, version=0)
         assert packed.groups is not None and alone.groups is not None
         torch.testing.assert_close(
-            packed_N[packed.groups.predicts_N == index], logprobs(alone)[alone.groups.predicts_N == 0], atol=1e-5, rtol=1e-5)
+            packed_N[packed.groups.predicts_N == index],
+            logprobs(alone)[alone.groups.predicts_N == 0],
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 def test_packed_documents_equal_documents_alone() -> None:
@@ -45,7 +49,9 @@ def test_packed_documents_equal_documents_alone() -> None:
         return corpus_batch(ids, positions, segments, targets)
 
     together = logprobs(rows(documents))
-    torch.testing.assert_close(together, torch.cat([logprobs(rows([document])) for document in documents]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        together, torch.cat([logprobs(rows([document])) for document in documents]), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_segment_mask() -> None:
@@ -61,7 +67,9 @@ def test_parts_and_counts(tied: bool) -> None:
     assert ("lm_head.weight" in names) is not tied
     assert "model.embed_tokens.weight" in names
     hidden, mlp, layers, head, vocab = 32, 48, 3, 16, worlds.VOCAB
-    block = 2 * hidden * hidden + 2 * hidden * head + 3 * hidden * mlp + 2 * hidden  # q, o; k, v with one head of two; MLP; norms
+    block = (
+        2 * hidden * hidden + 2 * hidden * head + 3 * hidden * mlp + 2 * hidden
+    )  # q, o; k, v with one head of two; MLP; norms
     counts = count_parameters(model)
     assert counts["psi"] == layers * block + hidden + vocab * hidden * (1 if tied else 2)
     assert counts["phi"] == 16 * hidden + 2 * 16 + 1 + hidden + 1 + 4 * 16 + 4 + 4
@@ -71,7 +79,11 @@ def test_parts_and_counts(tied: bool) -> None:
 def test_logits_that_are_no_plain_product_are_refused(tmp_path: object) -> None:
     from transformers import Gemma2Config
 
-    Gemma2Config(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16).save_pretrained(str(tmp_path))
-    settings = tiny.config(stage=0).model_copy(update={"model": tiny.config(stage=0).model.model_copy(update={"name_or_path": str(tmp_path)})})
+    Gemma2Config(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    ).save_pretrained(str(tmp_path))
+    settings = tiny.config(stage=0).model_copy(
+        update={"model": tiny.config(stage=0).model.model_copy(update={"name_or_path": str(tmp_path)})}
+    )
     with pytest.raises(ModelError, match="final_logit_softcapping"):
         tiny.build_model(settings, 64, 0, on_cuda=False)

@@ -15,23 +15,34 @@ from asa_dist.runtime.data.rows import NO_TARGET, PADDING_SEGMENT, CorpusRows, P
 
 def _slice(rows: PackedRows, first: int, num_rows: int) -> MicroBatch:
     here = slice(first, first + num_rows)
-    return corpus_batch(*(torch.from_numpy(np.ascontiguousarray(array[here])) for array in (
-        rows.input_ids_RT, rows.position_ids_RT, rows.segment_RT, rows.target_RT)))
+    return corpus_batch(
+        *(
+            torch.from_numpy(np.ascontiguousarray(array[here]))
+            for array in (rows.input_ids_RT, rows.position_ids_RT, rows.segment_RT, rows.target_RT)
+        )
+    )
 
 
 def _padded(rows: PackedRows, num_rows: int) -> PackedRows:
     """Appends rows without targets, so that every rank evaluates equally many batches."""
+
     def extended(array: np.ndarray, fill: int) -> np.ndarray:
         return np.concatenate([array, np.full((num_rows - len(array), array.shape[1]), fill, array.dtype)])
 
-    return PackedRows(extended(rows.input_ids_RT, 0), extended(rows.position_ids_RT, 0),
-                      extended(rows.segment_RT, PADDING_SEGMENT), extended(rows.target_RT, NO_TARGET))
+    return PackedRows(
+        extended(rows.input_ids_RT, 0),
+        extended(rows.position_ids_RT, 0),
+        extended(rows.segment_RT, PADDING_SEGMENT),
+        extended(rows.target_RT, NO_TARGET),
+    )
 
 
 class CorpusFeed:
     """Every rank cuts its slice out of the same global batch; rank 0 also counts bigrams of all of it."""
 
-    def __init__(self, run_dir: Path, data: DataConfig, train: TrainConfig, seed: int, vocab_size: int, rank: int, num_ranks: int):
+    def __init__(
+        self, run_dir: Path, data: DataConfig, train: TrainConfig, seed: int, vocab_size: int, rank: int, num_ranks: int
+    ):
         self._corpus = CorpusRows(run_dir, data, seed)
         self._train, self._rank, self._num_ranks = train, rank, num_ranks
         self._heldout = self._corpus.heldout_rows(data.max_heldout_rows)

@@ -1,0 +1,143 @@
+"""The real loop in one process: plain torch instead of DeepSpeed, the rollout engine called directly instead of Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asa_dist.asa.loop import AsaLoop
+from asa_dist.asa.objective import StepInputs
+from asa_dist.asa.packing import MicroBatch
+from asa_dist.asa.trust import AlignmentState
+from asa_dist.config import Config
+from asa_dist.records import Prompt, RolloutGroup
+from asa_dist.rollout.engine import SamplingConfig
+from asa_dist.rollout.hf_engine import HfEngine
+from asa_dist.runtime.engine import PARTS, StepResult, parameter_groups
+from asa_dist.runtime.model import PSI, AsaModel, named_parts
+from tests.asa import worlds
+from tests.distributed import tiny
+
+
+class LocalEngine:
+    """One device, one plain optimizer."""
+
+    def __init__(self, model: AsaModel, config: Config):
+        self.model = model
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer))
+
+    def train_step(
+        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
+    ) -> StepResult:
+        result = StepResult({}, {}, [], dict.fromkeys(PARTS, 0.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rates[group["part"]]
+        for batch in batches:
+            output = self.model(batch=batch, inputs=inputs)
+            output.loss.backward()
+            for name, value in output.sums.items():
+                result.sums[name] = result.sums.get(name, 0) + value
+            result.maxima.update(output.maxima)
+            result.terms.append(output.terms)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return result
+
+    @torch.no_grad()
+    def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
+        return float(self.model(batch=batch, inputs=inputs).loss)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values.detach().double().clone()
+
+    def max_over_ranks(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def peak_memory_bytes(self) -> int:
+        return 1
+
+
+class LocalCorpus:
+    def __init__(self, config: Config):
+        self._num_batches = config.train.accumulation_steps
+
+    def train_batches(self, step: int) -> list[MicroBatch]:
+        return [tiny.corpus_part(batch) for batch in tiny.micro_batches(1, 0, self._num_batches)]
+
+    def heldout_batches(self) -> list[MicroBatch]:
+        return [tiny.corpus_part(tiny.micro_batches(1, 0, 1)[0])]
+
+    def bigram_perplexity(self) -> float:
+        return 50.0
+
+
+class LocalRollouts:
+    """Serves whatever was published last, and keeps the order of calls."""
+
+    def __init__(self, config: Config, model: AsaModel, folder: Path):
+        model.lm.config.save_pretrained(folder)
+        self._config, self._model = config, model
+        self._engine = HfEngine(
+            str(folder), config.model, SamplingConfig(config.rollout, config.seed, worlds.EOS), "cpu"
+        )
+        self.calls: list[tuple[str, int]] = []
+
+    def request(self, step: int) -> None:
+        self.calls.append(("request", step))
+
+    def publish(self, version: int) -> None:
+        self.calls.append(("publish", version))
+        self._engine.load(version, ((name, p.detach()) for part, name, p in named_parts(self._model) if part == PSI))
+
+    def take(self, step: int) -> list[RolloutGroup]:
+        self.calls.append(("take", step))
+        rng, num_prompts = np.random.default_rng(step), self._config.rollout.prompts_per_step
+        prompts = [
+            Prompt(step * num_prompts + i, 0, rng.integers(1, worlds.VOCAB, 4).astype(np.int32))
+            for i in range(num_prompts)
+        ]
+        answers = self._engine.generate(prompts)
+        return [RolloutGroup(step, i, p, r) for i, (p, r) in enumerate(zip(prompts, answers, strict=True))]
+
+
+@dataclass
+class ListRecorder:
+    rows: list[dict[str, float]] = field(default_factory=list)
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    sampled_steps: list[int] = field(default_factory=list)
+
+    def metrics(self, values: dict[str, float]) -> None:
+        self.rows.append(values)
+
+    def trained(self, step: int, prompt_ids: list[int]) -> None:
+        self.prompt_ids.append(prompt_ids)
+
+    def samples(
+        self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
+    ) -> None:
+        self.sampled_steps.append(step)
+
+
+@dataclass
+class LocalRun:
+    loop: AsaLoop
+    rollouts: LocalRollouts
+    recorder: ListRecorder
+    saved: list[int]
+
+
+def local_run(config: Config, folder: Path) -> LocalRun:
+    model = tiny.model(config)
+    rollouts, recorder, saved = LocalRollouts(config, model, folder), ListRecorder(), []
+    loop = AsaLoop(
+        config=config, rank=0, num_ranks=1, device=torch.device("cpu"), tables=worlds.TABLES,
+        state=AlignmentState(config.evaluator, config.model.architecture.hidden_size),
+        engine=LocalEngine(model, config), corpus=LocalCorpus(config), rollouts=rollouts, recorder=recorder,
+        learning_rates=lambda step: dict.fromkeys(PARTS, 1e-3), save=saved.append,
+    )  # fmt: skip
+    return LocalRun(loop, rollouts, recorder, saved)
