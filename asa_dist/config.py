@@ -296,6 +296,8 @@ def _rule_devices(config: Config) -> list[Problem]:
         problems.append(("model.attention", "flash_attention_2", "needs train.gpus ≥ 1 and model.dtype bfloat16; auto picks what fits"))
     if config.train.offload_optimizer and config.train.zero_stage == 0:
         problems.append(("train.offload_optimizer", True, "needs train.zero_stage ≥ 1"))
+    if config.rollout.engine == "hf" and config.rollout.gpus_per_worker > 1:
+        problems.append(("rollout.gpus_per_worker", config.rollout.gpus_per_worker, "engine hf uses at most one GPU per worker"))
     if config.train.gpus and config.train.ranks not in (1, config.train.gpus):
         problems.append(("train.ranks", config.train.ranks, f"one rank per GPU: leave it out, or {config.train.gpus}"))
     return problems

@@ -14,11 +14,16 @@ class ConfigError(Exception):
     """A config that cannot be used: the message names file, key, value and what is allowed."""
 
 
-SCIENTIFIC = "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+# What YAML 1.2 calls a number and YAML 1.1, which PyYAML reads, a text: 2e-4. (Tag, pattern, first characters.)
+SCIENTIFIC = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load with two mends: ``2e-4`` is a number (YAML 1.2), and a key given twice is an error."""
+    """safe_load with two mends: ``2e-4`` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -1,8 +1,8 @@
 """What the deepspeed launcher, torchrun and srun start: builds one rank's parts and runs the loop.
 
-    asa train CONFIG                                   starts Ray and the launcher, which start this
-    deepspeed --module asa_dist.train CONFIG           the same without `asa`: rank 0 starts Ray
-    torchrun --nproc-per-node N -m asa_dist.train CONFIG
+asa train CONFIG                                   starts Ray and the launcher, which start this
+deepspeed --module asa_dist.train CONFIG           the same without `asa`: rank 0 starts Ray
+torchrun --nproc-per-node N -m asa_dist.train CONFIG
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m asa_dist.train", description="One trainer rank, started by a launcher.")
+    parser = argparse.ArgumentParser(
+        prog="python -m asa_dist.train", description="One trainer rank, started by a launcher."
+    )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/<config name>), shared by all ranks")
-    parser.add_argument("--ray-address", help="host:port of a running Ray; without it rank 0 starts one on this machine")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher's; we read LOCAL_RANK
+    parser.add_argument("--ray-address", help="host:port of a running Ray; without it rank 0 starts one here")
+    # the launcher's; we read LOCAL_RANK
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 
 
@@ -51,11 +54,17 @@ def find_placement(config: Config) -> Placement:
     try:
         rank, local_rank, num_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except KeyError as error:
-        raise ConfigError(f"{error} is not set: start with `asa train`, `deepspeed --module asa_dist.train` or "
-                          "`torchrun -m asa_dist.train`") from None
+        raise ConfigError(
+            f"{error} is not set: start with `asa train`, `deepspeed --module asa_dist.train` or "
+            "`torchrun -m asa_dist.train`"
+        ) from None
     if config.train.gpus and torch.cuda.device_count() <= local_rank:
-        raise ConfigError(f"train.gpus = {config.train.gpus}: local rank {local_rank} finds {torch.cuda.device_count()} CUDA devices")
-    return Placement(rank, local_rank, num_ranks, torch.device("cuda", local_rank) if config.train.gpus else torch.device("cpu"))
+        raise ConfigError(
+            f"train.gpus = {config.train.gpus}: local rank {local_rank} finds {torch.cuda.device_count()} CUDA devices"
+        )
+    return Placement(
+        rank, local_rank, num_ranks, torch.device("cuda", local_rank) if config.train.gpus else torch.device("cpu")
+    )
 
 
 def adapt_to_launcher(config: Config, num_ranks: int) -> Config:
@@ -100,7 +109,9 @@ def prepare_run_folder(config: Config, run_dir: Path) -> DataSummary:
         if (run_dir / "metrics.jsonl").exists():
             raise DataError(f"{run_dir} holds a run already: choose another folder with --run-dir")
         summary = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: print(message, flush=True))
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        partial = run_dir / ".config.yaml.tmp"
+        partial.write_text(dump_config(config), encoding="utf-8")
+        partial.replace(run_dir / "config.yaml")
     except (DataError, OSError) as error:
         if is_new:
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -108,6 +119,23 @@ def prepare_run_folder(config: Config, run_dir: Path) -> DataSummary:
             raise DataError(f"{error.filename or run_dir}: {error.strerror or error}") from None
         raise
     return summary
+
+
+def _prepare_together(config: Config, run_dir: Path, placement: Placement) -> None:
+    """Rank 0 prepares the run folder, unless `asa train` has. Raises :class:`DataError` on all ranks if it cannot."""
+    import torch.distributed as dist
+
+    from asa_dist.runtime.data.errors import DataError
+
+    problem: list[str | None] = [None]
+    if placement.rank == 0:
+        try:
+            prepare_run_folder(config, run_dir)
+        except DataError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise DataError(problem[0])
 
 
 def _join_ray(config: Config, placement: Placement, address: str | None, num_parameters: int) -> RayHandle | None:
@@ -122,8 +150,10 @@ def _join_ray(config: Config, placement: Placement, address: str | None, num_par
         if local_size != placement.num_ranks:
             raise ConfigError("ranks on several machines need one Ray across them: start it and pass --ray-address")
         if config.rollout.gpus_per_worker:
-            raise ConfigError("rollout.gpus_per_worker: started without `asa train`, the launcher owns the GPUs; "
-                              "start Ray with the rollout GPUs and pass --ray-address")
+            raise ConfigError(
+                "rollout.gpus_per_worker: started without `asa train`, the launcher owns the GPUs; "
+                "start Ray with the rollout GPUs and pass --ray-address"
+            )
         told: list[Any] = [None, None]
         if placement.rank == 0:
             num_cpus = config.rollout.workers * config.rollout.threads_per_worker
@@ -150,14 +180,17 @@ def _start_rollouts(config: Config, run_dir: Path, engine: TrainEngine, eos_toke
     folder = run_dir / "model"
     engine.engine.module.lm.config.save_pretrained(folder)
     return RolloutSystem.start(
-        run_name=str(run_dir.resolve()), config_folder=str(folder.resolve()), model=config.model,
-        sampling=SamplingConfig(config.rollout, config.seed, eos_token_id), groups_per_lease=config.groups_per_lease)
+        run_name=str(run_dir.resolve()),
+        config_folder=str(folder.resolve()),
+        model=config.model,
+        sampling=SamplingConfig(config.rollout, config.seed, eos_token_id),
+        groups_per_lease=config.groups_per_lease,
+    )
 
 
 def train(config: Config, run_dir: Path, placement: Placement, ray_address: str | None) -> None:
     """One rank, from the process group to the last checkpoint."""
     import torch
-    import torch.distributed as dist
 
     from asa_dist.asa.loop import AsaLoop
     from asa_dist.asa.trust import AlignmentState
@@ -175,9 +208,7 @@ def train(config: Config, run_dir: Path, placement: Placement, ray_address: str 
     first = placement.rank == 0
     torch.set_num_threads(config.train.threads_per_rank)
     join_process_group(placement, config.train.collective_timeout_seconds)
-    if first and not (run_dir / "config.yaml").exists():
-        prepare_run_folder(config, run_dir)  # `asa train` has done it before any rank started
-    dist.barrier()
+    _prepare_together(config, run_dir, placement)
     data = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: None)
     tokenizer = load_tokenizer(run_dir)
     model = build_model(config, data.vocab_size, data.eos_id, placement.device.type == "cuda")
@@ -188,26 +219,49 @@ def train(config: Config, run_dir: Path, placement: Placement, ray_address: str 
     rollouts = _start_rollouts(config, run_dir, engine, data.eos_id) if first else None
     recorder: RunRecorder | SilentRecorder = SilentRecorder()
     try:
-        client = RolloutClient(str(run_dir.resolve()), placement.rank, placement.num_ranks, engine.generator_shapes,
-                               config.model.dtype, config.rollout.timeout_seconds)
+        client = RolloutClient(
+            str(run_dir.resolve()),
+            placement.rank,
+            placement.num_ranks,
+            engine.generator_shapes,
+            config.model.dtype,
+            config.rollout.timeout_seconds,
+        )
         if first:
             progress = ProgressLine(config.train.steps, 0)
-            progress.say(f"ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,} parameters; {placement.num_ranks} ranks, "
-                         f"ZeRO-{config.train.zero_stage}, {config.model.dtype}, attention {model.lm.config._attn_implementation}, "
-                         f"device {placement.device.type}; {config.rollout.workers} rollout worker(s), engine {config.rollout.engine}")
+            progress.say(
+                f"ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,} parameters; {placement.num_ranks} ranks, "
+                f"ZeRO-{config.train.zero_stage}, {config.model.dtype}, attention {model.lm.config._attn_implementation}, "
+                f"device {placement.device.type}; {config.rollout.workers} rollout worker(s), engine {config.rollout.engine}"
+            )
             recorder = RunRecorder(run_dir, config.metrics, tokenizer.decode, progress)
         state = AlignmentState(config.evaluator, model.lm.config.hidden_size)
-        peaks = dict(zip(PARTS, (config.optimizer.lr_psi, config.optimizer.lr_phi, config.optimizer.lr_xi), strict=True))
+        peaks = dict(
+            zip(PARTS, (config.optimizer.lr_psi, config.optimizer.lr_phi, config.optimizer.lr_xi), strict=True)
+        )
         loop = AsaLoop(
-            config=config, rank=placement.rank, num_ranks=placement.num_ranks, device=placement.device, tables=tables,
-            state=state, engine=engine,
-            corpus=CorpusFeed(run_dir, config.data, config.train, config.seed, model.vocab_size, placement.rank, placement.num_ranks),
-            rollouts=RolloutFeed(client, PromptStream(run_dir, config.data, config.rollout, config.seed) if first else None,
-                                 config.rollout.prompts_per_step, engine),
+            config=config,
+            rank=placement.rank,
+            num_ranks=placement.num_ranks,
+            device=placement.device,
+            tables=tables,
+            state=state,
+            engine=engine,
+            corpus=CorpusFeed(
+                run_dir, config.data, config.train, config.seed, model.vocab_size, placement.rank, placement.num_ranks
+            ),
+            rollouts=RolloutFeed(
+                client,
+                PromptStream(run_dir, config.data, config.rollout, config.seed) if first else None,
+                config.rollout.prompts_per_step,
+                engine,
+            ),
             recorder=recorder,
-            learning_rates=lambda step: {part: peak * schedule_factor(step, config.train.steps, config.optimizer)
-                                         for part, peak in peaks.items()},
-            save=lambda step: save_checkpoint(engine, state, step, run_dir))
+            learning_rates=lambda step: {
+                part: peak * schedule_factor(step, config.train.steps, config.optimizer) for part, peak in peaks.items()
+            },
+            save=lambda step: save_checkpoint(engine, state, step, run_dir),
+        )
         loop.run(0, config.train.steps)
         client.wait_published()
         client.close()
@@ -221,6 +275,12 @@ def train(config: Config, run_dir: Path, placement: Placement, ray_address: str 
     engine.close()
 
 
+def _complain(error: Exception) -> None:
+    """What all ranks find wrong is said once per host."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"asa: {error}", file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished, 1 failed, 2 the config cannot be used."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -231,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         placement = find_placement(config)
         config = adapt_to_launcher(config, placement.num_ranks)
     except ConfigError as error:
-        print(f"asa: {error}", file=sys.stderr)
+        _complain(error)
         return EXIT_BAD_CONFIG
     from asa_dist.rollout.cluster import ClusterError
     from asa_dist.rollout.coordinator import RolloutFailure
@@ -243,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train(config, run_dir, placement, options.ray_address)
     except (ConfigError, DataError, ModelError) as error:
-        print(f"asa: {error}", file=sys.stderr, flush=True)
+        _complain(error)
         return EXIT_BAD_CONFIG
     except (TrainingError, RolloutFailure, ClusterError, TimeoutError) as error:
         print(f"asa: rank {placement.rank}: {error}", file=sys.stderr, flush=True)

@@ -27,11 +27,15 @@ from tests.distributed import tiny
 Gradients = dict[str, np.ndarray]
 
 
-def fused_gradients(placement: Placement, stage: int, accumulation_steps: int) -> tuple[Gradients, float]:
+def fused_gradients(
+    placement: Placement, stage: int, accumulation_steps: int, checkpointing: bool = False
+) -> tuple[Gradients, float]:
     """(gradient of every parameter by part and name, corpus loss) of one fused step of the real engine."""
     from deepspeed.utils import safe_get_full_grad
 
-    settings = tiny.config(stage, placement.num_ranks, accumulation_steps)
+    settings = tiny.config(
+        stage, placement.num_ranks, accumulation_steps, model__activation_checkpointing=checkpointing
+    )
     engine = TrainEngine(tiny.model(settings), settings, placement)
     seen: Gradients = {}
 
@@ -51,6 +55,10 @@ def fused_gradients(placement: Placement, stage: int, accumulation_steps: int) -
 
 def all_stages(placement: Placement, accumulation_steps: int) -> dict[int, tuple[Gradients, float]]:
     return {stage: fused_gradients(placement, stage, accumulation_steps) for stage in (0, 1, 2, 3)}
+
+
+def with_recomputation(placement: Placement) -> dict[int, tuple[Gradients, float]]:
+    return {3: fused_gradients(placement, 3, 1, checkpointing=True)}
 
 
 def separate_gradients() -> Gradients:
