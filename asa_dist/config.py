@@ -8,6 +8,7 @@ in its type and one line of documentation; every rule that spans fields is one n
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,9 +47,16 @@ class ModelConfig(Section):
     name_or_path: str | None = Field(None, description="pretrained model folder or hub name; null = from scratch")
     architecture: ArchitectureConfig = Field(ArchitectureConfig(), description="used when name_or_path is null")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the trunk; heads and losses are always float32")
-    attention: Literal["auto", "flash_attention_2", "sdpa"] = Field("auto", description="auto = flash-attn if importable and on CUDA, else SDPA")
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = Field("auto", description="auto = flash-attn if importable, on CUDA and bfloat16; else SDPA")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     logprob_chunk_tokens: PositiveInt = Field(1024, description="tokens whose logits exist at the same time")
+
+    def attention_implementation(self, on_cuda: bool) -> str:
+        """What trainer and rollout engine use on this kind of device, in transformers' words."""
+        if self.attention != "auto":
+            return self.attention
+        flash = on_cuda and self.dtype == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
+        return "flash_attention_2" if flash else "sdpa"
 
 
 class SourceConfig(Section):
@@ -114,7 +122,7 @@ class EvaluatorConfig(Section):
     trust_decay: Fraction = Field(0.95, description="decay per step of ρ̄")
     warmup_rho: float = Field(0.3, ge=-1.0, le=1.0, description="ρ̄ that ends the evaluator warm-up once held")
     warmup_hold_steps: PositiveInt = Field(20, description="consecutive steps ρ̄ must hold warmup_rho")
-    max_warmup_steps: int = Field(200, ge=0, description="β is 0 for at most this many steps")
+    max_warmup_steps: int = Field(200, ge=0, description="β is 0 for at most this many steps: then alignment starts, with whatever trust there is")
     running_mean_decay: float = Field(0.99, ge=0.0, lt=1.0, description="decay per step of the running means (centre of states, meta features)")
 
 
@@ -148,7 +156,7 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    ranks: PositiveInt = Field(1, description="trainer processes on this machine when train.gpus is 0")
+    ranks: PositiveInt = Field(1, description="trainer processes on this machine; with train.gpus there is one per GPU instead")
     gpus: int = Field(0, ge=0, description="GPUs for trainer ranks, one each; 0 = CPU")
     threads_per_rank: PositiveInt = Field(1, description="CPU threads of each rank")
     steps: PositiveInt = Field(400_000, description="optimizer steps")
@@ -292,14 +300,14 @@ def _rule_context(config: Config) -> list[Problem]:
 
 def _rule_devices(config: Config) -> list[Problem]:
     problems: list[Problem] = []
-    if config.model.attention == "flash_attention_2" and (config.train.gpus == 0 or config.model.dtype != "bfloat16"):
-        problems.append(("model.attention", "flash_attention_2", "needs train.gpus ≥ 1 and model.dtype bfloat16; auto picks what fits"))
+    if config.model.attention == "flash_attention_2" and (
+            config.train.gpus == 0 or config.rollout.gpus_per_worker == 0 or config.model.dtype != "bfloat16"):
+        problems.append(("model.attention", "flash_attention_2",
+                         "needs train.gpus ≥ 1, rollout.gpus_per_worker ≥ 1 and model.dtype bfloat16; auto picks what fits"))
     if config.train.offload_optimizer and config.train.zero_stage == 0:
         problems.append(("train.offload_optimizer", True, "needs train.zero_stage ≥ 1"))
     if config.rollout.engine == "hf" and config.rollout.gpus_per_worker > 1:
         problems.append(("rollout.gpus_per_worker", config.rollout.gpus_per_worker, "engine hf uses at most one GPU per worker"))
-    if config.train.gpus and config.train.ranks not in (1, config.train.gpus):
-        problems.append(("train.ranks", config.train.ranks, f"one rank per GPU: leave it out, or {config.train.gpus}"))
     return problems
 
 

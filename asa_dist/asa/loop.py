@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from asa_dist.asa.errors import TrainingError
 from asa_dist.asa.objective import GlobalCounts, StepCoefficients, StepInputs
 from asa_dist.asa.packing import MicroBatch, TextTables, join, pack_groups
 from asa_dist.asa.trust import AlignmentState, StepSummary
@@ -61,6 +62,9 @@ class Recorder(Protocol):
     def samples(
         self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
     ) -> None: ...
+
+
+LARGEST_EXPONENT = 700.0  # of exp in float64
 
 
 @dataclass
@@ -112,9 +116,9 @@ class AsaLoop:
         publish_seconds = self._timed(lambda: self.rollouts.publish(step + 1))
         tau = self.state.tau
         self.state.update(self._summary(sums, counts))
-        self.recorder.trained(step, prompt_ids)
+        self.recorder.trained(step + 1, prompt_ids)
         if step % self.config.metrics.samples_every_steps == 0:
-            self.recorder.samples(step, groups, result.terms, tau)
+            self.recorder.samples(step + 1, groups, result.terms, tau)
         step_seconds = time.monotonic() - started
         return self._metrics(step + 1, sums, maxima, counts, inputs) | {
             **{f"lr/{part}": rate for part, rate in rates.items()},
@@ -239,7 +243,9 @@ class AsaLoop:
         inputs = self._inputs(counts)
         loss = sum(self.engine.corpus_loss(batch, inputs) for batch in batches)
         mean_loss = float(self.engine.sum_over_ranks(torch.tensor([loss])))
+        if not math.isfinite(mean_loss):
+            raise TrainingError(f"the held-out loss is {mean_loss}: the weights are not usable any more")
         return {
-            "eval/perplexity": math.exp(min(mean_loss, 700.0)),
+            "eval/perplexity": math.exp(min(mean_loss, LARGEST_EXPONENT)),
             "eval/bigram_perplexity": self.corpus.bigram_perplexity(),
         }

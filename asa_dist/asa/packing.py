@@ -55,7 +55,6 @@ class GroupTensors(_TensorRecord):
     prompt_N: Tensor  # int64: response before which this prompt token stands, −1 = none
     claim_N: Tensor  # int64: claim this token belongs to, −1 = none
     claim_response_C: Tensor  # int64: response of each claim; claims of a response are consecutive
-    claim_is_real_C: Tensor  # bool: False = the whole response standing in for missing claims
     behaviour_logprob_N: Tensor  # float32, at predicting positions, at the sampling temperature; 0 elsewhere
     sampled_logprob_N: Tensor  # float32, the same at temperature 1
     content_PGT: Tensor  # int64, token ids, padded
@@ -159,7 +158,6 @@ def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTab
     behaviour = np.zeros(shape, dtype=np.float32)
     sampled = np.zeros(shape, dtype=np.float32)
     claims = [claim_spans(content_of(response), tables.claim_end_V) for _, response in pairs]
-    real = [bool(spans) for spans in claims]
     spans_of = [
         spans or ([(0, len(content_of(r)))] if len(content_of(r)) else [])
         for spans, (_, r) in zip(claims, pairs, strict=True)
@@ -204,7 +202,6 @@ def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTab
         prompt_N=torch.from_numpy(marks["prompt"]).flatten(),
         claim_N=torch.from_numpy(marks["claim"]).flatten(),
         claim_response_C=torch.from_numpy(claim_response),
-        claim_is_real_C=torch.tensor([real[index] for index in claim_response], dtype=torch.bool),
         behaviour_logprob_N=torch.from_numpy(behaviour).flatten(),
         sampled_logprob_N=torch.from_numpy(sampled).flatten(),
         content_PGT=torch.from_numpy(padded).view(len(groups), group_size, -1),

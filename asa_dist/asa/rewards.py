@@ -11,8 +11,6 @@ from torch import Tensor
 from asa_dist.asa.heads import EvaluatorOutput
 from asa_dist.asa.packing import GroupTensors
 
-R_MAX = 1.0  # |R| ≤ R_max; each term is in [−1, 1] and ω sums to 1
-
 
 @dataclass(frozen=True)
 class SelfReward:

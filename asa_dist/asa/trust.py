@@ -71,7 +71,7 @@ class StepSummary:
 
 
 class AlignmentState(nn.Module):
-    """What a step hands to the next: trust, warm-up, running means. Buffers are float64, but the centre: float32."""
+    """What a step hands to the next: trust, warm-up, running means. Means are float64, the centre float32."""
 
     rho: Tensor
     held_steps: Tensor

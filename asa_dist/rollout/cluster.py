@@ -2,8 +2,8 @@
 
     asa train ── start_local_ray ──► ray_head (own session) ──► Ray's processes
         │ environment of the handle
-        ├──► trainer ranks: connect(address), then a RolloutClient each
-        └──► connect(address), RolloutSystem.start ──► Coordinator, RolloutWorker × rollout.workers
+        └──► trainer ranks: connect(address), then a RolloutClient each
+                 └──► rank 0: RolloutSystem.start ──► Coordinator, RolloutWorker × rollout.workers
 """
 
 from __future__ import annotations

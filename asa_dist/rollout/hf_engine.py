@@ -59,7 +59,7 @@ class HfEngine:
         self._device = torch.device(device)
         self._model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(config_folder), dtype=DTYPES[model.dtype],
-            attn_implementation=_attention(model.attention, device)).to(self._device).eval().requires_grad_(False)
+            attn_implementation=model.attention_implementation(device != "cpu")).to(self._device).eval().requires_grad_(False)
 
     def load(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         live = dict(self._model.named_parameters())  # lists a tied weight once, under its first name
@@ -160,14 +160,3 @@ class HfEngine:
                 behaviour_logprob_T=behaviour_T[:length].copy(), finished=len(ends) > 0,
                 spans=((0, self.version),)))
         return [tuple(responses[p * repeats:(p + 1) * repeats]) for p in range(num_prompts)]
-
-
-def _attention(choice: str, device: str) -> str:
-    """auto: flash-attn if it is importable and the device is CUDA, else SDPA. What cannot be is refused."""
-    from transformers.utils import is_flash_attn_2_available
-
-    if device == "cpu" and choice == "flash_attention_2":
-        raise ValueError("model.attention flash_attention_2 needs a GPU: set rollout.gpus_per_worker=1, or auto")
-    if choice == "auto":
-        return "flash_attention_2" if device != "cpu" and is_flash_attn_2_available() else "sdpa"
-    return choice

@@ -1,1 +1,1 @@
-"""Everything DeepSpeed and disk: model, engine, data, checkpoint, metrics, signals."""
+"""Everything DeepSpeed and disk: model, engine, data, checkpoint, metrics."""

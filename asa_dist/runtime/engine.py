@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
+from asa_dist.asa.errors import TrainingError
 from asa_dist.asa.objective import FusedOutput, StepInputs
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.config import Config, OptimizerConfig, TrainConfig
@@ -24,10 +25,6 @@ from asa_dist.runtime.gradients import clip_by_part
 from asa_dist.runtime.model import PHI, PSI, XI, AsaModel, named_parts
 
 PARTS = [PSI, PHI, XI]
-
-
-class TrainingError(Exception):
-    """Training cannot go on; the same on every rank."""
 
 
 @dataclass(frozen=True)

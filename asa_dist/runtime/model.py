@@ -7,7 +7,6 @@ forward of the module that owns it.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,7 +111,7 @@ class AsaModel(nn.Module):
                 output_hidden_states=True,
                 attention_mask=segment_mask(batch.segment_RT),
             )
-        middle = output.hidden_states[len(output.hidden_states) // 2]
+        middle = output.hidden_states[(len(output.hidden_states) - 1) // 2]  # of layer ⌊L/2⌋; [0] are the embeddings
         return middle.reshape(num_rows * row_length, -1), output.last_hidden_state.reshape(num_rows * row_length, -1)
 
 
@@ -172,14 +171,6 @@ def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int) -> Pre
     return loaded
 
 
-def attention_implementation(config: ModelConfig, on_cuda: bool) -> str:
-    """flash-attn if it can be imported and the device is CUDA, else SDPA."""
-    if config.attention != "auto":
-        return config.attention
-    flash = on_cuda and config.dtype == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
-
-
 def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: bool) -> AsaModel:
     """The whole module in float32 on the CPU, the same on every rank: from ``config.seed``, or pretrained.
 
@@ -187,7 +178,7 @@ def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: boo
     initialisation does not reach partitioned weights.
     """
     trunk = trunk_config(config.model, vocab_size, eos_token_id)
-    attention = attention_implementation(config.model, on_cuda)
+    attention = config.model.attention_implementation(on_cuda)
     torch.manual_seed(config.seed)
     if config.model.name_or_path is None:
         lm = AutoModelForCausalLM.from_config(trunk, attn_implementation=attention, dtype=torch.float32)

@@ -29,7 +29,7 @@ def test_order_of_work(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert run.saved == [3]
     assert run.recorder.prompt_ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert run.recorder.sampled_steps == [0, 2]
+    assert run.recorder.sampled_steps == [1, 3]
 
 
 def test_lookahead_asks_for_as_many_steps_as_rollouts_may_be_old(tmp_path: Path) -> None:
