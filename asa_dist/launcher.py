@@ -121,7 +121,9 @@ def _visible_gpus() -> list[str]:
 
 
 def run_training(config: Config, run_dir: Path, gpus: GpuAssignment) -> int:
-    """Trains to the end on this machine. Returns the launcher's exit code; ends every process it started.
+    """Trains to the end on this machine; ends every process it started.
+
+    Returns the exit code: 0, that of the rank that failed, or 128 + n after signal n.
 
     Raises:
         DataError, ModelError, ClusterError: before any rank starts.
@@ -153,11 +155,19 @@ def run_training(config: Config, run_dir: Path, gpus: GpuAssignment) -> int:
         code = stop.run(_launcher_command(gpus.train or range(config.num_ranks), run_dir, ray.address), environment)
     if code == 0:
         print(f"finished: {run_dir}", flush=True)
-    elif not stop.asked:
-        # the launcher passes a rank's code on; -9 (ended by SIGKILL) becomes 247
-        why = f"a rank was ended by {signal.Signals(256 - code).name}" if code > 192 else f"exit code {code}"
-        print(f"asa: the run failed ({why}); what is written so far stands in {run_dir}", file=sys.stderr)
-    return code if code >= 0 else 128 - code
+        return 0
+    if stop.received:
+        return 128 + stop.received[0]
+    print(f"asa: the run failed ({_reason(code)}); what is written so far stands in {run_dir}", file=sys.stderr)
+    return code if code > 0 else 128 - code
+
+
+def _reason(launcher_code: int) -> str:
+    if launcher_code < 0:
+        return f"the launcher was ended by signal {-launcher_code}"
+    if launcher_code > 192:  # the launcher passes on the code of a rank: -9 becomes 247
+        return f"a rank was ended by signal {256 - launcher_code}"
+    return f"exit code {launcher_code}"
 
 
 def _launcher_command(devices: Sequence[int | str], run_dir: Path, ray_address: str) -> list[str]:
@@ -177,7 +187,7 @@ class StopOnSignal:
     """The first SIGINT or SIGTERM asks the launcher's session to end, the second kills it."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.received: list[int] = []  # signal numbers
         self._is_launching = False
         self._group: int | None = None  # the launcher's process group, while any of it may be alive
         self._previous: dict[int, Any] = {}
@@ -196,7 +206,7 @@ class StopOnSignal:
         self._is_launching = True  # a signal may not raise any more: it would lose a process that has just started
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         self._group = launcher.pid
-        if self.asked:
+        if self.received:
             self._end(signal.SIGTERM)
         code = launcher.wait()
         deadline = time.monotonic() + STOP_GRACE_SECONDS
@@ -207,11 +217,11 @@ class StopOnSignal:
         return code
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.asked += 1
-        once = self.asked == 1
+        self.received.append(number)
+        once = len(self.received) == 1
         print("asa: stopping" + (" (once more to stop at once)" if once else " at once"), file=sys.stderr, flush=True)
         if not self._is_launching:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         self._end(signal.SIGTERM if once else signal.SIGKILL)
 
     def _end(self, number: int) -> None:

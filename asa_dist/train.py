@@ -47,10 +47,6 @@ def find_placement(config: Config) -> Placement:
     Raises:
         ConfigError: not started by a launcher, or a device that is not there.
     """
-    import torch
-
-    from asa_dist.runtime.engine import Placement
-
     try:
         rank, local_rank, num_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     except KeyError as error:
@@ -58,6 +54,10 @@ def find_placement(config: Config) -> Placement:
             f"{error} is not set: start with `asa train`, `deepspeed --module asa_dist.train` or "
             "`torchrun -m asa_dist.train`"
         ) from None
+    import torch
+
+    from asa_dist.runtime.engine import Placement
+
     if config.train.gpus and torch.cuda.device_count() <= local_rank:
         raise ConfigError(
             f"train.gpus = {config.train.gpus}: local rank {local_rank} finds {torch.cuda.device_count()} CUDA devices"
@@ -230,9 +230,10 @@ def train(config: Config, run_dir: Path, placement: Placement, ray_address: str 
         if first:
             progress = ProgressLine(config.train.steps, 0)
             progress.say(
-                f"ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,} parameters; {placement.num_ranks} ranks, "
-                f"ZeRO-{config.train.zero_stage}, {config.model.dtype}, attention {model.lm.config._attn_implementation}, "
-                f"device {placement.device.type}; {config.rollout.workers} rollout worker(s), engine {config.rollout.engine}"
+                f"parameters: ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,}; {config.model.dtype}, "
+                f"attention {model.lm.config._attn_implementation}, device {placement.device.type}; "
+                f"ranks: {placement.num_ranks}, ZeRO stage {config.train.zero_stage}; "
+                f"rollout workers: {config.rollout.workers}, engine {config.rollout.engine}"
             )
             recorder = RunRecorder(run_dir, config.metrics, tokenizer.decode, progress)
         state = AlignmentState(config.evaluator, model.lm.config.hidden_size)
@@ -293,10 +294,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _complain(error)
         return EXIT_BAD_CONFIG
+    from asa_dist.asa.errors import TrainingError
     from asa_dist.rollout.cluster import ClusterError
     from asa_dist.rollout.coordinator import RolloutFailure
     from asa_dist.runtime.data.errors import DataError
-    from asa_dist.runtime.engine import TrainingError
     from asa_dist.runtime.model import ModelError
 
     run_dir = options.run_dir or Path("runs") / Path(options.config).stem
