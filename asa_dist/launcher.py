@@ -70,7 +70,12 @@ def count_model(config: Config) -> dict[str, int]:
             f"model.name_or_path {config.model.name_or_path!r}"
         )
     with torch.device("meta"):
-        return count_parameters(AsaModel(AutoModelForCausalLM.from_config(trunk), config))
+        lm = AutoModelForCausalLM.from_config(trunk)
+        return count_parameters(
+            AsaModel(
+                lm, config.evaluator, config.objective, config.model.logprob_chunk_tokens, config.rollout.temperature
+            )
+        )
 
 
 def describe(config: Config) -> str:

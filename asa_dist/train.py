@@ -1,8 +1,8 @@
 """What the deepspeed launcher, torchrun and srun start: builds one rank's parts and runs the loop.
 
-asa train CONFIG                                   starts Ray and the launcher, which start this
-deepspeed --module asa_dist.train CONFIG           the same without `asa`: rank 0 starts Ray
-torchrun --nproc-per-node N -m asa_dist.train CONFIG
+    asa train CONFIG                                   starts Ray and the launcher, which start this
+    deepspeed --module asa_dist.train CONFIG           the same without `asa`: rank 0 starts Ray
+    torchrun --nproc-per-node N -m asa_dist.train CONFIG
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asa_dist.config import Config, ConfigError, build_config, dump_config, load_config
 
 if TYPE_CHECKING:
+    from asa_dist.asa.loop import AsaLoop, Recorder
     from asa_dist.records import RolloutGroup
     from asa_dist.rollout.client import RolloutClient
-    from asa_dist.rollout.cluster import RayHandle, RolloutSystem
+    from asa_dist.rollout.cluster import RayHandle
     from asa_dist.runtime.data.prepare import DataSummary
     from asa_dist.runtime.data.prompts import PromptStream
     from asa_dist.runtime.engine import Placement, TrainEngine
@@ -138,33 +140,54 @@ def _prepare_together(config: Config, run_dir: Path, placement: Placement) -> No
         raise DataError(problem[0])
 
 
-def _join_ray(config: Config, placement: Placement, address: str | None, num_parameters: int) -> RayHandle | None:
-    """Connects this rank to Ray; without an address rank 0 starts one and tells the others."""
-    import torch.distributed as dist
-
-    from asa_dist.rollout.cluster import connect, start_local_ray
+@contextmanager
+def _joined_ray(config: Config, placement: Placement, address: str | None, num_parameters: int) -> Iterator[None]:
+    """This rank's connection to Ray; without an address rank 0 starts one, tells the others, and ends it."""
+    from asa_dist.rollout.cluster import connect, disconnect
 
     handle = None
     if address is None:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", placement.num_ranks))
-        if local_size != placement.num_ranks:
-            raise ConfigError("ranks on several machines need one Ray across them: start it and pass --ray-address")
-        if config.rollout.gpus_per_worker:
-            raise ConfigError(
-                "rollout.gpus_per_worker: started without `asa train`, the launcher owns the GPUs; "
-                "start Ray with the rollout GPUs and pass --ray-address"
-            )
-        told: list[Any] = [None, None]
-        if placement.rank == 0:
-            num_cpus = config.rollout.workers * config.rollout.threads_per_worker
+        handle, address, environment = _start_ray_together(config, placement, num_parameters)
+        os.environ.update(environment)
+    try:
+        connect(address)
+        yield
+    finally:
+        disconnect()
+        if handle is not None:
+            handle.stop()
+
+
+def _start_ray_together(
+    config: Config, placement: Placement, num_parameters: int
+) -> tuple[RayHandle | None, str, dict[str, str]]:
+    """(handle on rank 0, address, environment to connect with); what fails on rank 0 is raised on all ranks."""
+    import torch.distributed as dist
+
+    from asa_dist.rollout.cluster import ClusterError, start_local_ray
+
+    launcher_says = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's, deepspeed's
+    if int(launcher_says or placement.num_ranks) != placement.num_ranks:
+        raise ConfigError("ranks on several machines need one Ray across them: start it and pass --ray-address")
+    if config.rollout.gpus_per_worker:
+        raise ConfigError(
+            "rollout.gpus_per_worker: started without `asa train`, the launcher owns the GPUs; "
+            "start Ray with the rollout GPUs and pass --ray-address"
+        )
+    handle = None
+    told: list[tuple[str, dict[str, str], str]] = [("", {}, "")]
+    if placement.rank == 0:
+        num_cpus = config.rollout.workers * config.rollout.threads_per_worker
+        try:
             handle = start_local_ray(num_cpus, 0, object_store_bytes(num_parameters, config.model.dtype))
-            told = [handle.address, handle.environment]
-        dist.broadcast_object_list(told, src=0)
-        os.environ.update(told[1])
-        connect(told[0])
-        return handle
-    connect(address)
-    return None
+            told = [(handle.address, handle.environment, "")]
+        except ClusterError as error:
+            told = [("", {}, str(error))]
+    dist.broadcast_object_list(told, src=0)
+    address, environment, problem = told[0]
+    if problem:
+        raise ClusterError(problem)
+    return handle, address, environment
 
 
 def object_store_bytes(num_parameters: int, dtype: str) -> int:
@@ -173,107 +196,113 @@ def object_store_bytes(num_parameters: int, dtype: str) -> int:
     return 4 * bytes_each * num_parameters + 256 * 2**20
 
 
-def _start_rollouts(config: Config, run_dir: Path, engine: TrainEngine, eos_token_id: int) -> RolloutSystem:
+@contextmanager
+def _rollout_actors(config: Config, run_dir: Path, trunk: Any, eos_token_id: int) -> Iterator[None]:
+    """Rank 0: coordinator and workers, as long as the context lasts."""
     from asa_dist.rollout.cluster import RolloutSystem
     from asa_dist.rollout.engine import SamplingConfig
 
     folder = run_dir / "model"
-    engine.engine.module.lm.config.save_pretrained(folder)
-    return RolloutSystem.start(
+    trunk.save_pretrained(folder)
+    system = RolloutSystem.start(
         run_name=str(run_dir.resolve()),
         config_folder=str(folder.resolve()),
         model=config.model,
         sampling=SamplingConfig(config.rollout, config.seed, eos_token_id),
         groups_per_lease=config.groups_per_lease,
     )
+    try:
+        yield
+    finally:
+        system.stop()
+
+
+@contextmanager
+def _recorder(config: Config, run_dir: Path, placement: Placement, headline: str, decode: Any) -> Iterator[Recorder]:
+    """Rank 0 writes and shows; the others are silent."""
+    from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
+
+    if placement.rank != 0:
+        yield SilentRecorder()
+        return
+    progress = ProgressLine(config.train.steps, first_step=0)
+    progress.say(headline)
+    recorder = RunRecorder(run_dir, config.metrics, decode, progress)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+
+
+def _headline(config: Config, placement: Placement, counts: dict[str, int]) -> str:
+    parameters = f"ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,} parameters"
+    attention = config.model.attention_implementation(placement.device.type == "cuda")
+    ranks = f"{placement.num_ranks} ranks, ZeRO-{config.train.zero_stage}, {config.model.dtype}, attention {attention}"
+    workers = f"{config.rollout.workers} rollout worker(s), engine {config.rollout.engine}"
+    return f"{parameters}; {ranks}, device {placement.device.type}; {workers}"
 
 
 def train(config: Config, run_dir: Path, placement: Placement, ray_address: str | None) -> None:
     """One rank, from the process group to the last checkpoint."""
     import torch
 
-    from asa_dist.asa.loop import AsaLoop
-    from asa_dist.asa.trust import AlignmentState
     from asa_dist.rollout.client import RolloutClient
-    from asa_dist.rollout.cluster import disconnect
-    from asa_dist.runtime.checkpoint import save_checkpoint
-    from asa_dist.runtime.data.feed import CorpusFeed
     from asa_dist.runtime.data.prepare import prepare
-    from asa_dist.runtime.data.prompts import PromptStream
-    from asa_dist.runtime.data.tokenizer import load_tokenizer, token_tables
-    from asa_dist.runtime.engine import PARTS, TrainEngine, join_process_group, schedule_factor
-    from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
+    from asa_dist.runtime.data.tokenizer import load_tokenizer
+    from asa_dist.runtime.engine import TrainEngine, join_process_group
     from asa_dist.runtime.model import build_model, count_parameters
 
-    first = placement.rank == 0
     torch.set_num_threads(config.train.threads_per_rank)
     join_process_group(placement, config.train.collective_timeout_seconds)
     _prepare_together(config, run_dir, placement)
     data = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: None)
     tokenizer = load_tokenizer(run_dir)
     model = build_model(config, data.vocab_size, data.eos_id, placement.device.type == "cuda")
-    tables = token_tables(tokenizer, model.vocab_size)
-    counts = count_parameters(model)
-    ray_handle = _join_ray(config, placement, ray_address, counts["psi"])
-    engine = TrainEngine(model, config, placement)
-    rollouts = _start_rollouts(config, run_dir, engine, data.eos_id) if first else None
-    recorder: RunRecorder | SilentRecorder = SilentRecorder()
-    try:
+    counts, trunk = count_parameters(model), model.lm.config
+    with ExitStack() as parts:
+        parts.enter_context(_joined_ray(config, placement, ray_address, counts["psi"]))
+        engine = TrainEngine(model, config.train, config.optimizer, config.model.dtype, placement)
+        if placement.rank == 0:
+            parts.enter_context(_rollout_actors(config, run_dir, trunk, data.eos_id))
+        headline = _headline(config, placement, counts)
+        recorder = parts.enter_context(_recorder(config, run_dir, placement, headline, tokenizer.decode))
         client = RolloutClient(
-            str(run_dir.resolve()),
-            placement.rank,
-            placement.num_ranks,
-            engine.generator_shapes,
-            config.model.dtype,
+            str(run_dir.resolve()), placement.rank, placement.num_ranks, engine.generator_shapes, config.model.dtype,
             config.rollout.timeout_seconds,
-        )
-        if first:
-            progress = ProgressLine(config.train.steps, 0)
-            progress.say(
-                f"parameters: ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,}; {config.model.dtype}, "
-                f"attention {model.lm.config._attn_implementation}, device {placement.device.type}; "
-                f"ranks: {placement.num_ranks}, ZeRO stage {config.train.zero_stage}; "
-                f"rollout workers: {config.rollout.workers}, engine {config.rollout.engine}"
-            )
-            recorder = RunRecorder(run_dir, config.metrics, tokenizer.decode, progress)
-        state = AlignmentState(config.evaluator, model.lm.config.hidden_size)
-        peaks = dict(
-            zip(PARTS, (config.optimizer.lr_psi, config.optimizer.lr_phi, config.optimizer.lr_xi), strict=True)
-        )
-        loop = AsaLoop(
-            config=config,
-            rank=placement.rank,
-            num_ranks=placement.num_ranks,
-            device=placement.device,
-            tables=tables,
-            state=state,
-            engine=engine,
-            corpus=CorpusFeed(
-                run_dir, config.data, config.train, config.seed, model.vocab_size, placement.rank, placement.num_ranks
-            ),
-            rollouts=RolloutFeed(
-                client,
-                PromptStream(run_dir, config.data, config.rollout, config.seed) if first else None,
-                config.rollout.prompts_per_step,
-                engine,
-            ),
-            recorder=recorder,
-            learning_rates=lambda step: {
-                part: peak * schedule_factor(step, config.train.steps, config.optimizer) for part, peak in peaks.items()
-            },
-            save=lambda step: save_checkpoint(engine, state, step, run_dir),
-        )
+        )  # fmt: skip
+        loop = _build_loop(config, run_dir, placement, engine, client, recorder, tokenizer)
         loop.run(0, config.train.steps)
         client.wait_published()
         client.close()
-    finally:
-        recorder.close()
-        if rollouts is not None:
-            rollouts.stop()
-        disconnect()
-        if ray_handle is not None:
-            ray_handle.stop()
     engine.close()
+
+
+def _build_loop(
+    config: Config, run_dir: Path, placement: Placement, engine: TrainEngine, client: RolloutClient, recorder: Recorder,
+    tokenizer: Any,
+) -> AsaLoop:  # fmt: skip
+    """The loop and its collaborators."""
+    from asa_dist.asa.loop import AsaLoop
+    from asa_dist.asa.trust import AlignmentState
+    from asa_dist.runtime.checkpoint import save_checkpoint
+    from asa_dist.runtime.data.feed import CorpusFeed
+    from asa_dist.runtime.data.prompts import PromptStream
+    from asa_dist.runtime.data.tokenizer import token_tables
+    from asa_dist.runtime.engine import learning_rates
+
+    rank, num_ranks = placement.rank, placement.num_ranks
+    model = engine.engine.module
+    state = AlignmentState(config.evaluator, model.lm.config.hidden_size)
+    prompts = PromptStream(run_dir, config.data, config.rollout, config.seed) if rank == 0 else None
+    return AsaLoop(
+        config=config, rank=rank, num_ranks=num_ranks, device=placement.device, state=state, engine=engine,
+        tables=token_tables(tokenizer, model.vocab_size),
+        corpus=CorpusFeed(run_dir, config.data, config.train, config.seed, model.vocab_size, rank, num_ranks),
+        rollouts=RolloutFeed(client, prompts, config.rollout.prompts_per_step, engine),
+        recorder=recorder,
+        learning_rates=lambda step: learning_rates(step, config.train.steps, config.optimizer),
+        save=lambda step: save_checkpoint(engine, state, step, run_dir),
+    )  # fmt: skip
 
 
 def _complain(error: Exception) -> None:

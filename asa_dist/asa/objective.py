@@ -328,7 +328,7 @@ def _rollout_sums(scores: TokenScores, groups: GroupTensors, weight_N: Tensor, c
     )
     is_first_PG = same_PGG.float().argmax(-1) == torch.arange(groups.group_size, device=same_PGG.device)
     return {
-        "rollout/mismatch_kl": (torch.expm1(log_ratio_N.double()) - log_ratio_N).sum(),  # ≥ 0, unbiased for KL(behaviour ‖ π)
+        "rollout/mismatch_kl": (torch.expm1(log_ratio_N.double()) - log_ratio_N).sum(),  # ≥ 0: KL(behaviour ‖ π)
         "rollout/entropy": (scores.entropy_N * is_response_N).sum(),
         "rollout/importance_mean": (weight_N * is_response_N).sum(),
         "rollout/clipped_fraction": clipped_N.sum(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -244,7 +244,7 @@ def join(corpus: MicroBatch, rollouts: MicroBatch) -> MicroBatch:
     def shifted(values_N: Tensor, fill: float) -> Tensor:
         return torch.cat([torch.full((num_corpus_tokens,), fill, dtype=values_N.dtype), values_N])
 
-    moved = {
+    moved: dict[str, Any] = {
         name: shifted(getattr(groups, name), fill)
         for name, fill in (
             ("predicts_N", -1),

@@ -29,7 +29,7 @@ def z_score(reward_PG: Tensor) -> Tensor:
 def average_ranks(values_PG: Tensor) -> Tensor:
     """Ranks 1 … G within the group; equal values share the mean of their ranks.
 
-    Within ``TIE_TOLERANCE`` is equal: rewards of equal responses differ in their last bits, by their place in the batch.
+    Within ``TIE_TOLERANCE`` is equal: rewards of equal responses differ in their last bits.
     """
     above_PGG = values_PG.unsqueeze(2) - values_PG.unsqueeze(1)
     less_PG = (above_PGG > TIE_TOLERANCE).sum(-1)

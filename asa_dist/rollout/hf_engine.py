@@ -59,7 +59,8 @@ class HfEngine:
         self._device = torch.device(device)
         self._model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(config_folder), dtype=DTYPES[model.dtype],
-            attn_implementation=model.attention_implementation(device != "cpu")).to(self._device).eval().requires_grad_(False)
+            attn_implementation=model.attention_implementation(device != "cpu"),
+        ).to(self._device).eval().requires_grad_(False)
 
     def load(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         live = dict(self._model.named_parameters())  # lists a tied weight once, under its first name

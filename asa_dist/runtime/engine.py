@@ -20,7 +20,7 @@ from torch import Tensor
 from asa_dist.asa.errors import TrainingError
 from asa_dist.asa.objective import FusedOutput, StepInputs
 from asa_dist.asa.packing import MicroBatch
-from asa_dist.config import Config, OptimizerConfig, TrainConfig
+from asa_dist.config import OptimizerConfig, TrainConfig
 from asa_dist.runtime.gradients import clip_by_part
 from asa_dist.runtime.model import PHI, PSI, XI, AsaModel, named_parts
 
@@ -119,6 +119,12 @@ def schedule_factor(step: int, num_steps: int, config: OptimizerConfig) -> float
     return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def learning_rates(step: int, num_steps: int, config: OptimizerConfig) -> dict[str, float]:
+    """Learning rate of each part at 0-based ``step``."""
+    factor = schedule_factor(step, num_steps, config)
+    return {PSI: factor * config.lr_psi, PHI: factor * config.lr_phi, XI: factor * config.lr_xi}
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Of this rank's micro-batches."""
@@ -136,29 +142,26 @@ class TrainEngine:
         TrainingError: on every rank alike, for a non-finite reward, loss or gradient.
     """
 
-    def __init__(self, model: AsaModel, config: Config, placement: Placement):
+    def __init__(
+        self, model: AsaModel, train: TrainConfig, optimizer: OptimizerConfig, dtype: str, placement: Placement
+    ):
         self.placement = placement
-        self.config = config
+        self._zero_stage, self._clip_norm = train.zero_stage, optimizer.clip_norm
         # names and shapes before ZeRO-3 empties the parameters
         self.generator_shapes = [(name, tuple(p.shape)) for part, name, p in named_parts(model) if part == PSI]
-        groups = parameter_groups(model, config.optimizer)
+        groups = parameter_groups(model, optimizer)
         self._part_of_group = [group["part"] for group in groups]
-        adam: dict[str, Any] = {
-            "betas": (config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-            "eps": config.optimizer.adam_eps,
-        }
-        optimizer = (
+        adam: dict[str, Any] = {"betas": (optimizer.adam_beta1, optimizer.adam_beta2), "eps": optimizer.adam_eps}
+        adamw = (
             DeepSpeedCPUAdam(groups, adamw_mode=True, **adam)
-            if config.train.offload_optimizer
+            if train.offload_optimizer
             else torch.optim.AdamW(groups, **adam)
         )
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_settings(config.train, config.model.dtype, placement.num_ranks),
+            model=model, optimizer=adamw, config=deepspeed_settings(train, dtype, placement.num_ranks)
         )
-        self._set_collective_timeout(config.train.collective_timeout_seconds)
+        self._set_collective_timeout(train.collective_timeout_seconds)
 
     def _set_collective_timeout(self, timeout_seconds: float) -> None:
         """ZeRO's own groups ignore the timeout of ``init_process_group``: they would wait for a lost peer for ever."""
@@ -186,7 +189,7 @@ class TrainEngine:
             self.engine.backward(output.loss * self.placement.num_ranks, scale_wrt_gas=False)
             if number == len(batches) - 1:
                 result.gradient_norms.update(
-                    clip_by_part(self.optimizer, self._part_of_group, PARTS, self.config.optimizer.clip_norm)
+                    clip_by_part(self.optimizer, self._part_of_group, PARTS, self._clip_norm)
                 )
                 if not all(math.isfinite(norm) for norm in result.gradient_norms.values()):
                     raise TrainingError(f"gradient norms {result.gradient_norms} are not finite; no update was made")
@@ -249,7 +252,7 @@ class TrainEngine:
         for part, _, parameter in named_parts(self.engine.module):
             if part != PSI:
                 continue
-            if self.config.train.zero_stage == 3:
+            if self._zero_stage == 3:
                 yield parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]  # ZeRO-3 adds it
             else:
                 size = -(-parameter.numel() // num_ranks)

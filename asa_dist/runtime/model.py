@@ -18,7 +18,7 @@ from asa_dist.asa.heads import Evaluator, MetaOptimizer
 from asa_dist.asa.objective import FusedOutput, StepInputs, TokenScores, corpus_loss, fused_loss
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.asa.states import pool_states
-from asa_dist.config import Config, ModelConfig
+from asa_dist.config import Config, EvaluatorConfig, ModelConfig, ObjectiveConfig
 from asa_kernels import token_logprob
 
 PSI, PHI, XI = "psi", "phi", "xi"
@@ -50,23 +50,30 @@ class TokenLogprobHead(nn.Module):
 
 
 class AsaModel(nn.Module):
-    """Generator ψ (``lm``), evaluator φ and meta-optimizer ξ. ``forward`` writes no state."""
+    """Generator ψ (``lm``), evaluator φ and meta-optimizer ξ. ``forward`` writes no state.
 
-    def __init__(self, lm: PreTrainedModel, config: Config):
+    Args:
+        lm: the trunk; its output projection is replaced.
+        chunk_tokens: tokens whose logits exist at the same time.
+        temperature: at which rollouts are sampled.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        evaluator: EvaluatorConfig,
+        objective: ObjectiveConfig,
+        chunk_tokens: int,
+        temperature: float,
+    ):
         super().__init__()
-        self.config = config
+        self._evaluator_config, self._objective_config = evaluator, objective
         self.vocab_size = lm.config.vocab_size
-        hidden_size = lm.config.hidden_size
         self.lm = lm
-        weight_VH = lm.get_output_embeddings().weight
-        lm.set_output_embeddings(
-            TokenLogprobHead(weight_VH, config.model.logprob_chunk_tokens, config.rollout.temperature)
-        )
-        learned = config.evaluator.embedding == "learned"
-        self.evaluator = Evaluator(
-            hidden_size, config.evaluator.embedding_size if learned else None, len(config.evaluator.principles)
-        )
-        self.meta = MetaOptimizer(config.evaluator.omega_floor)
+        lm.set_output_embeddings(TokenLogprobHead(lm.get_output_embeddings().weight, chunk_tokens, temperature))
+        embedding_size = evaluator.embedding_size if evaluator.embedding == "learned" else None
+        self.evaluator = Evaluator(lm.config.hidden_size, embedding_size, len(evaluator.principles))
+        self.meta = MetaOptimizer(evaluator.omega_floor)
 
     def forward(self, batch: MicroBatch, inputs: StepInputs) -> FusedOutput:
         """One micro-batch; without groups (evaluation) the corpus loss alone."""
@@ -75,7 +82,7 @@ class AsaModel(nn.Module):
         if batch.groups is None:
             mle = corpus_loss(logprob_N, batch, inputs.counts)
             return FusedOutput(mle, {"loss/mle": mle.detach()}, {}, {})
-        states = pool_states(middle_NH, final_NH, inputs.center_H, batch.groups, self.config.evaluator.embedding)
+        states = pool_states(middle_NH, final_NH, inputs.center_H, batch.groups, self._evaluator_config.embedding)
         heads = self.evaluator(
             states.evaluator_response_PGH, states.evaluator_claim_CH, batch.groups.content_length_PG > 0
         )
@@ -88,8 +95,8 @@ class AsaModel(nn.Module):
             inputs.coefficients,
             inputs.counts,
             self.vocab_size,
-            self.config.evaluator,
-            self.config.objective,
+            self._evaluator_config,
+            self._objective_config,
         )
 
     def _trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -116,7 +123,7 @@ class AsaModel(nn.Module):
 
 
 def segment_mask(segment_RT: Tensor) -> Tensor:
-    """Boolean [R, 1, T, T]: causal, within equal segments; every position sees itself, padding too (no empty softmax)."""
+    """Boolean [R, 1, T, T]: causal, within equal segments; every position sees itself (no empty softmax)."""
     same_RTT = segment_RT.unsqueeze(2) == segment_RT.unsqueeze(1)
     return (same_RTT & torch.ones_like(same_RTT[0]).tril()).unsqueeze(1)
 
@@ -195,7 +202,14 @@ def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: boo
         raise ModelError(f"{type(lm).__name__}: its output projection is not a plain Linear without bias")
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return AsaModel(lm, config)
+    return around_trunk(lm, config)
+
+
+def around_trunk(lm: PreTrainedModel, config: Config) -> AsaModel:
+    """The module as configured, around a trunk that exists (or stands on the meta device)."""
+    return AsaModel(
+        lm, config.evaluator, config.objective, config.model.logprob_chunk_tokens, config.rollout.temperature
+    )
 
 
 def named_parts(model: AsaModel) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -40,7 +40,7 @@ def _clipped_updates(placement: Placement, stage: int) -> tuple[float, float, fl
                 "principle_loss_weight": weight,
             },
         )
-        engine = TrainEngine(tiny.model(settings), settings, placement)
+        engine = tiny.engine(tiny.model(settings), settings, placement)
         before = _generator(engine)
         result = engine.train_step(
             tiny.micro_batches(placement.num_ranks, placement.rank, 1), tiny.inputs(), {PSI: 0.1, PHI: 0.1, XI: 0.1}
@@ -54,7 +54,7 @@ def _clipped_updates(placement: Placement, stage: int) -> tuple[float, float, fl
 def golden_step(placement: Placement) -> dict[str, float]:
     """Every scalar of one step at stage 3, and the loss after it."""
     settings = tiny.config(3, placement.num_ranks, optimizer__clip_norm=1.0)
-    engine = TrainEngine(tiny.model(settings), settings, placement)
+    engine = tiny.engine(tiny.model(settings), settings, placement)
     batches = tiny.micro_batches(placement.num_ranks, placement.rank, 1)
     result = engine.train_step(batches, tiny.inputs(), {PSI: 1e-2, PHI: 1e-2, XI: 1e-2})
     values = {name: float(engine.sum_over_ranks(value)) for name, value in result.sums.items() if value.numel() == 1}
@@ -68,7 +68,7 @@ def golden_step(placement: Placement) -> dict[str, float]:
 def nonfinite_reward(placement: Placement) -> tuple[str, bool]:
     """Rank 0 alone gets features that make ω, and so R_self, not a number."""
     settings = tiny.config(3, placement.num_ranks)
-    engine = TrainEngine(tiny.model(settings), settings, placement)
+    engine = tiny.engine(tiny.model(settings), settings, placement)
     before = _generator(engine)
     inputs = tiny.inputs()
     if placement.rank == 0:

@@ -19,7 +19,7 @@ from asa_dist.asa.objective import (
 )
 from asa_dist.asa.states import pool_states
 from asa_dist.runtime import engine as engine_module
-from asa_dist.runtime.engine import Placement, TrainEngine
+from asa_dist.runtime.engine import Placement
 from asa_dist.runtime.model import PHI, PSI, XI, named_parts
 from tests.asa import worlds
 from tests.distributed import tiny
@@ -36,7 +36,7 @@ def fused_gradients(
     settings = tiny.config(
         stage, placement.num_ranks, accumulation_steps, model__activation_checkpointing=checkpointing
     )
-    engine = TrainEngine(tiny.model(settings), settings, placement)
+    engine = tiny.engine(tiny.model(settings), settings, placement)
     seen: Gradients = {}
 
     def capture(*arguments: Any) -> dict[str, float]:

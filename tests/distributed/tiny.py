@@ -10,6 +10,7 @@ import torch
 from asa_dist.asa.objective import GlobalCounts, StepCoefficients, StepInputs
 from asa_dist.asa.packing import MicroBatch, corpus_batch, join, pack_groups
 from asa_dist.config import Config, build_config
+from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.model import AsaModel, build_model
 from tests.asa import worlds
 
@@ -70,6 +71,10 @@ def model(settings: Config) -> AsaModel:
         for parameter in (*built.evaluator.parameters(), *built.meta.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return built
+
+
+def engine(built: AsaModel, settings: Config, placement: Placement) -> TrainEngine:
+    return TrainEngine(built, settings.train, settings.optimizer, settings.model.dtype, placement)
 
 
 def micro_batches(num_ranks: int, rank: int, accumulation_steps: int) -> list[MicroBatch]:

@@ -35,7 +35,7 @@ def publish_and_sample(placement: Placement, folder: str, stage: int, dtype: str
     )
     model = tiny.model(settings)
     model.lm.config.save_pretrained(Path(folder) / f"{tied}-{placement.rank}")
-    engine = TrainEngine(model, settings, placement)
+    engine = tiny.engine(model, settings, placement)
     batches = tiny.micro_batches(placement.num_ranks, placement.rank, 1)
     engine.train_step(batches, tiny.inputs(), {PSI: 1e-2, PHI: 1e-2, XI: 1e-2})
     served = published(engine, placement, dtype)

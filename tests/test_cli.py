@@ -1,0 +1,318 @@
+"""`asa` as its users meet it: real subprocesses, their exit codes and what they print.
+
+Done well means: a wrong config is refused before anything heavy is imported, wrong content before anything is started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from asa_dist import __version__
+from asa_dist.cli import main
+from asa_dist.config import ConfigError, load_config
+from asa_dist.launcher import GPU_DRIVER_FILES
+from asa_dist.train import adapt_to_launcher
+from tests.runtime.data.corpora import documents
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests/tiny.yaml"
+QUICKSTART = ROOT / "configs/quickstart.yaml"
+HEAVY = {"torch", "transformers", "deepspeed", "ray", "datasets", "numpy"}
+DEADLINE_SECONDS = 120.0  # for a hang; what is slow shows in what is imported
+# Runs a module as `python -m` does, then reports what was imported and which processes were started.
+OBSERVER = """
+import json, runpy, sys
+report, module, *sys.argv[1:] = sys.argv[1:]
+started = []
+sys.addaudithook(lambda event, details: started.append(str(details[1])) if event == "subprocess.Popen" else None)
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+finally:
+    with open(report, "w") as file:
+        json.dump({"imported": sorted(sys.modules), "started": started}, file)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+    imported: set[str]
+    started: list[str]  # command lines
+
+    @property
+    def is_light(self) -> bool:
+        return not HEAVY & self.imported
+
+    @property
+    def started_nothing(self) -> bool:
+        return not any("deepspeed" in command or "asa_dist" in command for command in self.started)
+
+
+def run(folder: Path, *arguments: str | Path, module: str = "asa_dist.cli") -> Outcome:
+    """In an empty folder of its own, ``folder``/cwd."""
+    working, report = folder / "cwd", folder / "report.json"
+    working.mkdir(exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    ended = subprocess.run(
+        [sys.executable, "-c", OBSERVER, report, module, *map(str, arguments)], cwd=working, env=environment, text=True,
+        capture_output=True, timeout=DEADLINE_SECONDS, check=False)
+    seen = json.loads(report.read_text())
+    return Outcome(ended.returncode, ended.stdout, ended.stderr, set(seen["imported"]), seen["started"])
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n\n".join(documents(60)), encoding="utf-8")
+    return path
+
+
+# --- help ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_is_light(tmp_path: Path, arguments: list[str]) -> None:
+    outcome = run(tmp_path, *arguments)
+    assert outcome.code == 0 and outcome.stderr == "" and outcome.is_light
+    assert __version__ in outcome.stdout if arguments == ["--version"] else "usage: asa" in outcome.stdout
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "the following arguments are required: COMMAND"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["train"], "the following arguments are required: config"),
+    (["train", TINY, "--rank-count", "2"], "unrecognized arguments: --rank-count"),
+    (["train", TINY, "--run-dir", "x", "seed"], "unrecognized arguments: seed"),
+    (["train", TINY, "--ranks", "two"], "invalid int value: 'two'"),
+])
+def test_wrong_usage(tmp_path: Path, arguments: list[str | Path], message: str) -> None:
+    outcome = run(tmp_path, *arguments)
+    assert outcome.code == 2 and message in outcome.stderr and "usage: asa" in outcome.stderr and outcome.is_light
+
+
+# --- wrong configs ------------------------------------------------------------------------------------------------
+WRONG_CONFIGS: dict[str, tuple[str, list[str], str]] = {  # YAML, further arguments, message after the file's name
+    "unknown key": ("rollout: {promts_per_step: 4}", [], "unknown key 'rollout.promts_per_step'; did you mean "
+                    "'rollout.prompts_per_step'?"),
+    "unknown section": ("trian: {steps: 4}", [], "unknown key 'trian'; did you mean 'train'?"),
+    "text for a number": ("train: {steps: many}", [], "train.steps = 'many': input should be a valid integer"),
+    "number for a section": ("train: 3", [], "train = 3: must be a mapping of keys"),
+    "unknown choice": ("model: {dtype: float16}", [], "model.dtype = 'float16': input should be 'float32' or "
+                       "'bfloat16'"),
+    "negative age": ("rollout: {max_policy_age: -1}", [], "rollout.max_policy_age = -1: input should be greater than "
+                     "or equal to 0"),
+    "G = 1": ("rollout: {responses_per_prompt: 1}", [], "rollout.responses_per_prompt = 1: input should be greater "
+              "than or equal to 2"),
+    "not a number": ("optimizer: {lr_psi: .nan}", [], "optimizer.lr_psi = nan: input should be a finite number"),
+    "groups over ranks": ("train: {ranks: 3, corpus_rows_per_step: 3}", [], "rollout.prompts_per_step = 4 (default): a "
+                          "group is never split over ranks or micro-batches: must be a multiple of 3 ranks x 1"),
+    "groups over --ranks": ("{rollout: {prompts_per_step: 8}}", ["--ranks", "16"], "rollout.prompts_per_step = 8: a "
+                            "group is never split over ranks or micro-batches: must be a multiple of 16 ranks x 1"),
+    "no ranks": ("", ["--ranks", "0"], "train.ranks = 0 (override): input should be greater than or equal to 1"),
+    "missing corpus": ("data: {sources: [{kind: text, path: /no/where}]}", [], "data.sources.0.path = '/no/where': no "
+                       "such file or folder"),
+    "missing prompt file": ("rollout: {prompt_file: /no/where.txt}", [], "rollout.prompt_file = '/no/where.txt': no "
+                            "such file"),
+    "missing model": ("{model: {name_or_path: ./no/model}, data: {tokenizer: {path: a/b}}}", [], "model.name_or_path = "
+                      "'./no/model': no such folder"),
+    "source without path": ("data: {sources: [{kind: jsonl}]}", [], "data.sources.0.path = None (default): a jsonl "
+                            "source needs a file or folder"),
+    "prompt + response > row": ("rollout: {max_prompt_tokens: 100, max_new_tokens: 29}", [], "rollout.max_new_tokens = "
+                                "29: prompt + response = 129 tokens must fit a row: at most data.sequence_length 128"),
+    "row > context": ("data: {sequence_length: 1024}", [], "data.sequence_length = 1024: at most "
+                      "model.architecture.max_position_embeddings 512"),
+    "flash on the CPU": ("model: {attention: flash_attention_2}", [], "model.attention = 'flash_attention_2': needs "
+                         "train.gpus ≥ 1"),
+    "not YAML": ("train: [", [], "line 1: not valid YAML: "),
+    "key twice": ("seed: 1\nseed: 2", [], "line 2: key 'seed' is given twice"),
+    "a list": ("- seed", [], "the top level must be a mapping of sections, not list"),
+}
+
+
+@pytest.mark.parametrize(("text", "arguments", "message"), WRONG_CONFIGS.values(), ids=WRONG_CONFIGS.keys())
+def test_wrong_configs(tmp_path: Path, text: str, arguments: list[str], message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text, encoding="utf-8")
+    outcome = run(tmp_path, "train", path, *arguments)
+    assert outcome.code == 2
+    assert outcome.stderr.startswith(f"asa: {path}: {message}")
+    assert outcome.stdout == "" and len(outcome.stderr.splitlines()) == 1
+    assert outcome.is_light and outcome.started_nothing and not list((tmp_path / "cwd").iterdir())
+
+
+def test_a_config_that_does_not_exist(tmp_path: Path) -> None:
+    for arguments in (["none.yaml"], ["none.yaml", "--ranks", "2"]):
+        outcome = run(tmp_path, "train", *arguments)
+        assert outcome.code == 2 and outcome.is_light
+        assert outcome.stderr == "asa: none.yaml: cannot read the config: No such file or directory\n"
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["train.steps"], "asa: override 'train.steps': write key.sub=value\n"),
+    (["seed=1", "train.steps=["], "asa: override 'train.steps=[': line 1: not valid YAML: "),
+    (["train.stepps=1"], f"asa: {QUICKSTART}: unknown key 'train.stepps'; did you mean 'train.steps'?\n"),
+    (["train.steps=0"], f"asa: {QUICKSTART}: train.steps = 0 (override): input should be greater than or equal to 1\n"),
+    (["train=3", "--ranks", "2"], "asa: override 'train.ranks=2': there is no 'ranks' below the value 3\n"),
+    (["--ranks", "2", "seed=-1"], f"asa: {QUICKSTART}: seed = -1 (override): "),  # overrides after options count too
+])
+def test_wrong_overrides(tmp_path: Path, overrides: list[str], message: str) -> None:
+    outcome = run(tmp_path, "train", QUICKSTART, *overrides)
+    assert outcome.code == 2 and outcome.stderr.startswith(message) and len(outcome.stderr.splitlines()) == 1
+    assert outcome.is_light and outcome.started_nothing
+
+
+@pytest.mark.skipif(any(map(os.path.exists, GPU_DRIVER_FILES)), reason="this machine may have GPUs")
+@pytest.mark.parametrize(("arguments", "asked"), [
+    (["train.gpus=2"], "train.gpus = 2 and rollout.workers x rollout.gpus_per_worker = 0 need 2"),
+    (["train.gpus=1", "--ranks", "4"], "train.gpus = 4 and rollout.workers x rollout.gpus_per_worker = 0 need 4"),
+    (["rollout.gpus_per_worker=1"], "train.gpus = 0 and rollout.workers x rollout.gpus_per_worker = 1 need 1"),
+])
+def test_gpus_that_are_not_there(tmp_path: Path, arguments: list[str], asked: str) -> None:
+    outcome = run(tmp_path, "train", QUICKSTART, *arguments)
+    assert outcome.code == 2 and outcome.is_light and outcome.started_nothing
+    assert outcome.stderr == f"asa: {QUICKSTART}: {asked} GPUs, this machine shows 0\n"
+
+
+# --- wrong content ------------------------------------------------------------------------------------------------
+def test_an_empty_corpus_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n\n\n \n")
+    outcome = run(tmp_path, "train", TINY, f"data.sources.0.path={empty}")
+    assert outcome.code == 2
+    assert outcome.stderr == f"asa: data.sources.0 (text {empty}): no document in it (blank ones do not count)\n"
+    assert outcome.started_nothing and not {"ray", "deepspeed"} & outcome.imported
+    assert not list((tmp_path / "cwd").glob("runs/*")), "a half-made run folder is left"
+
+
+@pytest.mark.parametrize(("files", "overrides", "message"), [
+    ({"long.txt": "a prompt\nThis prompt has many more than the four tokens allowed.\n"},
+     ["rollout.prompt_file={folder}/long.txt", "rollout.max_prompt_tokens=4"], "long.txt:2: a prompt of "),
+    ({"none.txt": "\n"}, ["rollout.prompt_file={folder}/none.txt"], "none.txt: no prompt in this file"),
+    ({"rows.jsonl": '{"txt": "a document"}\n'},
+     ["data.sources=[{{kind: jsonl, path: {folder}/rows.jsonl}}]"], "rows.jsonl:1: no field 'text'; fields: txt"),
+    ({"rows.jsonl": '{"text": \n'}, ["data.sources=[{{kind: jsonl, path: {folder}/rows.jsonl}}]"],
+     "rows.jsonl:1: not valid JSON"),
+    ({"short.txt": "A document."}, ["data.sources.0.path={folder}/short.txt", "data.heldout_fraction=1.0e-9"],
+     "training tokens do not fill one row of data.sequence_length 48"),
+    ({}, ["data.heldout_fraction=1.0e-9"], "the held-out split is empty"),
+    ({}, ["data.sources.0.path={folder}", "data.sources.0.kind=parquet"], "no *.parquet file in this folder"),
+    ({}, ["data.tokenizer={{path: {folder}}}"], "cannot be loaded"),
+    ({}, ["data.tokenizer={{path: {folder}}}", "model.name_or_path={folder}"], "cannot be loaded"),
+])
+def test_content_that_cannot_be_used(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str], files: dict[str, str], overrides: list[str],
+    message: str,
+) -> None:
+    """In this process: importing torch and transformers anew for each would be most of the time."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    filled = [override.format(folder=tmp_path) for override in overrides]
+    run_dir = tmp_path / "run"
+    code = main(["train", str(TINY), f"data.sources.0.path={corpus}", *filled, "--run-dir", str(run_dir)])
+    printed = capfd.readouterr()
+    assert code == 2
+    assert printed.err.startswith("asa: ") and message in printed.err and "Traceback" not in printed.err
+    assert "starting" not in printed.out
+    assert not run_dir.exists(), "a half-made run folder is left"
+
+
+def test_run_folders_that_cannot_be_used(tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    used, file = tmp_path / "used", tmp_path / "file"
+    used.mkdir()
+    (used / "metrics.jsonl").write_text('{"step": 0}\n')
+    file.write_text("")
+    for run_dir, message in (
+        (used, f"asa: {used} holds a run already: choose another folder with --run-dir\n"),
+        (file, f"asa: {file}/.prepare: Not a directory\n"),
+    ):
+        assert main(["train", str(TINY), f"data.sources.0.path={corpus}", "--run-dir", str(run_dir)]) == 2
+        assert capfd.readouterr().err == message
+    assert [path.name for path in used.iterdir()] == ["metrics.jsonl"] and file.read_text() == ""
+
+
+def test_a_folder_of_the_user_stays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir, empty = tmp_path / "mine", tmp_path / "empty.txt"
+    run_dir.mkdir()
+    (run_dir / "notes").write_text("mine")
+    empty.write_text("")
+    assert main(["train", str(TINY), f"data.sources.0.path={empty}", "--run-dir", str(run_dir)]) == 2
+    assert "no document in it" in capfd.readouterr().err
+    assert [path.name for path in run_dir.iterdir()] == ["notes"]
+
+
+# --- dry run ------------------------------------------------------------------------------------------------------
+def test_dry_run_tells_all_and_does_nothing(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "train", QUICKSTART, "--dry-run", "--ranks", "4", "seed=3")
+    assert outcome.code == 0 and outcome.stderr == ""
+    assert outcome.started_nothing and not {"ray", "deepspeed"} & outcome.imported
+    assert not list((tmp_path / "cwd").iterdir())
+    resolved, _, rest = outcome.stdout.partition("\nparameters\n")
+    (tmp_path / "resolved.yaml").write_text(resolved, encoding="utf-8")
+    config = load_config(QUICKSTART, ["train.ranks=4", "seed=3"])
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+    arch, vocab_size = config.model.architecture, config.data.tokenizer.train.vocab_size
+    width, mlp = arch.hidden_size, arch.intermediate_size
+    assert arch.num_key_value_heads == arch.num_attention_heads and arch.tie_word_embeddings
+    attention_and_mlp = 4 * width * width + 3 * width * mlp
+    generator = vocab_size * width + arch.num_layers * (attention_and_mlp + 2 * width) + width
+    size, num_principles = config.evaluator.embedding_size, len(config.evaluator.principles)
+    projection, indicator, claims = width * size, 2 * size + 1, width + 1
+    evaluator = projection + indicator + claims + num_principles * (size + 2)
+    meta = 3 * (5 + 1)  # affine in five features
+    counts, _, layout = rest.partition("processes\n")
+    assert counts == (f"  ψ generator: {generator:,}\n  φ evaluator heads: {evaluator:,}\n"
+                      f"  ξ meta-optimizer: {meta:,}\n")
+    assert "trainer ranks: 4, on the CPU, threads each: 1; ZeRO stage 3" in layout
+    assert "16 corpus rows, 4 groups of 8 responses" in layout
+    assert "rollout workers: 1, on the CPU, threads each: 2; engine hf, groups per call: 4" in layout
+
+
+def test_dry_run_of_a_cluster_config_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    gpus = ["train.gpus=4", "rollout.workers=2", "rollout.gpus_per_worker=1"]
+    assert main(["train", str(QUICKSTART), "--dry-run", *gpus]) == 0
+    layout = capsys.readouterr().out
+    assert "trainer ranks: 4, on GPUs 0 to 3" in layout and "rollout workers: 2, on GPUs 4 to 5" in layout
+
+
+def test_dry_run_of_a_pretrained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from asa_dist.runtime.data.tokenizer import train_tokenizer
+
+    folder = tmp_path / "pretrained"
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=310, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64))
+    model.save_pretrained(folder)
+    train_tokenizer(documents(20), 300).save_pretrained(folder)
+    arguments = ["train", str(QUICKSTART), "--dry-run", f"model.name_or_path={folder}",
+                 f"data.tokenizer={{path: {folder}}}"]
+    capsys.readouterr()
+    assert main([*arguments, "data.sequence_length=64"]) == 0
+    assert f"ψ generator: {model.num_parameters():,}\n" in capsys.readouterr().out
+    assert main([*arguments, "data.sequence_length=65"]) == 2
+    assert capsys.readouterr().err == (
+        f"asa: data.sequence_length = 65: at most 64, the context of model.name_or_path '{folder}'\n")
+
+
+# --- a rank by itself ---------------------------------------------------------------------------------------------
+def test_a_rank_needs_a_launcher(tmp_path: Path) -> None:
+    outcome = run(tmp_path, QUICKSTART, module="asa_dist.train")
+    assert outcome.code == 2 and outcome.is_light
+    assert outcome.stderr.startswith("asa: 'RANK' is not set: start with `asa train`")
+
+
+def test_as_many_ranks_as_the_launcher_starts() -> None:
+    config = load_config(QUICKSTART)
+    assert adapt_to_launcher(config, 4).train.ranks == 4
+    assert adapt_to_launcher(config, config.num_ranks) is config
+    with pytest.raises(ConfigError, match=r"3 ranks that the launcher started: rollout\.prompts_per_step = 4: "):
+        adapt_to_launcher(config, 3)
