@@ -58,7 +58,7 @@ def count_model(config: Config) -> dict[str, int]:
     from transformers import AutoModelForCausalLM
 
     from asa_dist.runtime.data.tokenizer import load_pretrained_tokenizer
-    from asa_dist.runtime.model import AsaModel, ModelError, count_parameters, trunk_config
+    from asa_dist.runtime.model import ModelError, around_trunk, count_parameters, trunk_config
 
     tokenizer = config.data.tokenizer
     vocab_size = tokenizer.train.vocab_size if tokenizer.train else len(load_pretrained_tokenizer(str(tokenizer.path)))
@@ -70,12 +70,7 @@ def count_model(config: Config) -> dict[str, int]:
             f"model.name_or_path {config.model.name_or_path!r}"
         )
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(trunk)
-        return count_parameters(
-            AsaModel(
-                lm, config.evaluator, config.objective, config.model.logprob_chunk_tokens, config.rollout.temperature
-            )
-        )
+        return count_parameters(around_trunk(AutoModelForCausalLM.from_config(trunk), config))
 
 
 def describe(config: Config) -> str:

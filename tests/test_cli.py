@@ -192,7 +192,7 @@ def test_an_empty_corpus_is_refused_before_anything_starts(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("files", "overrides", "message"), [
-    ({"long.txt": "a prompt\nThis prompt has many more than the four tokens allowed.\n"},
+    ({"long.txt": "Hi\nThis prompt has many more than the four tokens allowed.\n"},
      ["rollout.prompt_file={folder}/long.txt", "rollout.max_prompt_tokens=4"], "long.txt:2: a prompt of "),
     ({"none.txt": "\n"}, ["rollout.prompt_file={folder}/none.txt"], "none.txt: no prompt in this file"),
     ({"rows.jsonl": '{"txt": "a document"}\n'},
@@ -260,9 +260,10 @@ def test_dry_run_tells_all_and_does_nothing(tmp_path: Path) -> None:
 
     arch, vocab_size = config.model.architecture, config.data.tokenizer.train.vocab_size
     width, mlp = arch.hidden_size, arch.intermediate_size
-    assert arch.num_key_value_heads == arch.num_attention_heads and arch.tie_word_embeddings
-    attention_and_mlp = 4 * width * width + 3 * width * mlp
-    generator = vocab_size * width + arch.num_layers * (attention_and_mlp + 2 * width) + width
+    key_value_width = width * arch.num_key_value_heads // arch.num_attention_heads
+    attention_and_mlp = 2 * width * (width + key_value_width) + 3 * width * mlp
+    embeddings = vocab_size * width * (1 if arch.tie_word_embeddings else 2)
+    generator = embeddings + arch.num_layers * (attention_and_mlp + 2 * width) + width
     size, num_principles = config.evaluator.embedding_size, len(config.evaluator.principles)
     projection, indicator, claims = width * size, 2 * size + 1, width + 1
     evaluator = projection + indicator + claims + num_principles * (size + 2)
@@ -270,9 +271,11 @@ def test_dry_run_tells_all_and_does_nothing(tmp_path: Path) -> None:
     counts, _, layout = rest.partition("processes\n")
     assert counts == (f"  ψ generator: {generator:,}\n  φ evaluator heads: {evaluator:,}\n"
                       f"  ξ meta-optimizer: {meta:,}\n")
-    assert "trainer ranks: 4, on the CPU, threads each: 1; ZeRO stage 3" in layout
-    assert "16 corpus rows, 4 groups of 8 responses" in layout
-    assert "rollout workers: 1, on the CPU, threads each: 2; engine hf, groups per call: 4" in layout
+    train, rollout = config.train, config.rollout
+    assert f"trainer ranks: 4, on the CPU, threads each: {train.threads_per_rank}; ZeRO stage 3\n" in layout
+    assert (f"{train.corpus_rows_per_step} corpus rows, {rollout.prompts_per_step} groups of "
+            f"{rollout.responses_per_prompt} responses") in layout
+    assert f"rollout workers: 1, on the CPU, threads each: {rollout.threads_per_worker}; engine hf" in layout
 
 
 def test_dry_run_of_a_cluster_config_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,11 +33,12 @@ def test_golden_step(request: pytest.FixtureRequest) -> None:
         or name not in wanted
         or not math.isclose(found[name], wanted[name], rel_tol=2e-4, abs_tol=2e-6)
     ]
+    place = GOLDEN.relative_to(request.config.rootpath)
     assert not wrong, (
         "one fused step of the tiny model no longer yields what it did:\n"
         + "\n".join(wrong)
         + "\nA refactoring must not change these numbers. If the mathematics was meant to change, say so in the "
-        f"commit and write the new ones:\n  python -m tests.distributed.engine_cases > {GOLDEN.relative_to(request.config.rootpath)}"
+        f"commit and write the new ones:\n  python -m tests.distributed.engine_cases > {place}"
     )
 
 
