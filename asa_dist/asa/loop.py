@@ -171,11 +171,11 @@ class AsaLoop:
     ) -> tuple[dict[str, Tensor], dict[str, float], list[int]]:
         """Sums and maxima over ranks, and the prompt ids of the whole step: two collectives."""
         num_prompts = self.config.rollout.prompts_per_step
-        prompt_ids = torch.zeros(num_prompts, dtype=torch.float64)  # exact below 2⁵³
+        prompt_ids = torch.zeros(num_prompts, dtype=torch.float64, device=self.device)  # exact below 2⁵³
         for group in groups:
             prompt_ids[group.index] = group.prompt.prompt_id
         names = sorted(sums)
-        flat = torch.cat([prompt_ids] + [sums[name].detach().double().flatten().cpu() for name in names])
+        flat = torch.cat([prompt_ids] + [sums[name].double().flatten() for name in names])
         sizes = [num_prompts] + [sums[name].numel() for name in names]
         all_ids, *reduced = self.engine.sum_over_ranks(flat).split(sizes)
         largest = self.engine.max_over_ranks(
@@ -226,7 +226,7 @@ class AsaLoop:
             elif name == "rollout/policy_age_mean":
                 values[name] = float(value) / self.config.rollout.prompts_per_step
             elif kind == "rollout":
-                values[name] = float(value) / (counts.response_tokens if rest in per_token else counts.responses)
+                values[name] = float(value) / (max(counts.response_tokens, 1.0) if rest in per_token else counts.responses)
         values |= {
             "trust/tau": inputs.coefficients.tau,
             "trust/rho": float(self.state.rho),

@@ -1,0 +1,300 @@
+"""Real runs of tests/tiny.yaml through the whole system: ranks, Ray, rollouts, weights, files, and every way to end.
+
+All learning rates are 0, so that runs can be compared with each other step by step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import xxhash
+
+from asa_dist.config import load_config
+from asa_dist.launcher import free_port
+from tests.runtime.data.corpora import documents
+
+pytestmark = [pytest.mark.distributed, pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests/tiny.yaml"
+RUN_VARIABLE = "ASA_TEST_RUN"  # marks all processes of one run
+DEADLINE_SECONDS = 200.0  # for a hang, not for a slow machine
+EVAL_KEYS = {"eval/perplexity", "eval/bigram_perplexity"}
+STEP_KEYS = {"step"} | {f"{group}/{name}" for group, names in {
+    "tokens": "corpus rollout",
+    "loss": "total mle self_align meta heads",
+    "reward": "self intrinsic logic fact behav used",
+    "trust": "tau rho valid_groups",
+    "omega": "logic fact behav",
+    "lr": "psi phi xi",
+    "grad_norm": "psi phi xi",
+    "rollout": "policy_age_max policy_age_mean mismatch_kl max_abs_dlogp entropy length_mean distinct_fraction "
+               "truncated_fraction empty_fraction importance_mean clipped_fraction",
+    "time": "step_seconds wait_rollout_seconds publish_seconds",
+    "perf": "tokens_per_second",
+    "memory": "peak_bytes",
+}.items() for name in names.split()}
+
+
+@dataclass
+class Run:
+    """A started run: its process, its files and everything that descends from it."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.run_dir / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """The metrics of the trained steps."""
+        return [row for row in self.rows("metrics") if "loss/total" in row]
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "stdout").read_text(encoding="utf-8")
+
+    @property
+    def errors(self) -> str:
+        return (self.folder / "stderr").read_text(encoding="utf-8")
+
+    def processes(self) -> list[psutil.Process]:
+        """What is alive of this run, daemons of Ray included."""
+        return [process for process in psutil.process_iter(["environ", "status"])
+                if (process.info["environ"] or {}).get(RUN_VARIABLE) == self.mark
+                and process.info["status"] != psutil.STATUS_ZOMBIE]
+
+    def find(self, *words: str) -> psutil.Process:
+        """The one process with these words in its command line."""
+        found = [process for process in self.processes() if all(word in " ".join(process.cmdline()) for word in words)]
+        assert len(found) == 1, found
+        return found[0]
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not is_so():
+            assert self.process.poll() is None, f"ended early, code {self.process.returncode}: {self.errors}"
+            assert time.monotonic() < deadline, f"never came:\n{self.output}\n{self.errors}"
+            time.sleep(0.05)
+
+    def wait(self) -> int:
+        """The exit code; nothing may be left of the run."""
+        try:
+            code = self.process.wait(DEADLINE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the run hangs:\n{self.output}\n{self.errors}")
+        _, left = psutil.wait_procs(self.processes(), timeout=15)
+        assert not left, f"left behind: {[' '.join(process.cmdline()) for process in left]}"
+        return code
+
+    def end(self) -> None:
+        """For a test that failed."""
+        for process in self.processes():
+            process.kill()
+        self.process.wait()
+
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts `MODULE ARGUMENTS… tiny.yaml OVERRIDES… --run-dir …` and gives the :class:`Run`."""
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    corpus.write_text("\n\n\n".join(documents(60)), encoding="utf-8")
+    runs: list[Run] = []
+
+    def start(module: list[str], *overrides: str) -> Run:
+        folder, mark = tmp_path_factory.mktemp("run"), uuid.uuid4().hex
+        environment = os.environ | {
+            RUN_VARIABLE: mark, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+        del environment["DS_ACCELERATOR"]  # set for the tests that import deepspeed: users need not know it
+        command = [sys.executable, "-m", *module, str(TINY), f"data.sources.0.path={corpus}", *overrides]
+        with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
+            process = subprocess.Popen(
+                [*command, "--run-dir", str(folder / "run")], cwd=folder, env=environment, stdout=output, stderr=errors)
+        runs.append(Run(process, mark, folder))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.end()
+
+
+ASA = ["asa_dist.cli", "train"]
+
+
+@pytest.fixture(scope="module")
+def finished(start: Start) -> Run:
+    """`asa train` on two ranks, to the end."""
+    run = start(ASA)
+    assert run.wait() == 0, run.errors
+    return run
+
+
+# --- a run that ends well -----------------------------------------------------------------------------------------
+def test_metrics(finished: Run) -> None:
+    assert [step["step"] for step in finished.steps] == [1, 2, 3]
+    for row in finished.rows("metrics"):
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values()), row
+    for step in finished.steps:
+        assert STEP_KEYS - step.keys() == set()
+    evaluated = [row["step"] for row in finished.rows("metrics") if row.keys() >= EVAL_KEYS]
+    assert evaluated == [0, 2, 3], "before step 1, every two steps, at the end"
+    assert [row["step"] for row in finished.rows("metrics") if "time/checkpoint_seconds" in row] == [3]
+
+
+def test_nothing_moves_at_learning_rate_0(finished: Run) -> None:
+    """What the worker samples is what the trainer computes."""
+    for step in finished.steps:
+        assert step["rollout/max_abs_dlogp"] < 1e-4
+        assert abs(step["rollout/mismatch_kl"]) < 1e-6
+        assert step["rollout/policy_age_max"] == step["rollout/policy_age_mean"] == 0
+        assert step["rollout/length_mean"] > 0
+        assert step["lr/psi"] == step["lr/phi"] == step["lr/xi"] == 0
+        assert min(step["grad_norm/psi"], step["grad_norm/phi"], step["grad_norm/xi"]) > 0
+    perplexities = [row["eval/perplexity"] for row in finished.rows("metrics") if "eval/perplexity" in row]
+    assert perplexities == pytest.approx([perplexities[0]] * 3, rel=1e-6)
+
+
+def test_self_alignment_takes_part(finished: Run) -> None:
+    assert [step["trust/beta"] > 0 for step in finished.steps] == [False, True, True]
+
+
+def test_run_folder(finished: Run) -> None:
+    kept_by_the_run = {"data", "model"}  # the tokenised corpus; the trunk's configuration, for workers
+    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "trained.jsonl", "checkpoints", "tokenizer"}
+    assert {path.name for path in finished.run_dir.iterdir()} == names | kept_by_the_run
+    corpus = next(finished.folder.parent.glob("corpus*")) / "corpus.txt"
+    assert load_config(finished.run_dir / "config.yaml") == load_config(TINY, [f"data.sources.0.path={corpus}"])
+
+
+def test_checkpoint_holds_what_its_manifest_says(finished: Run) -> None:
+    folder = finished.run_dir / "checkpoints"
+    latest = (folder / "latest").read_text(encoding="utf-8").strip()
+    assert {path.name for path in folder.iterdir()} == {"latest", latest}
+    manifest = json.loads((folder / latest / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["step"] == 3
+    found = {str(path.relative_to(folder / latest)): path.read_bytes() for path in (folder / latest).rglob("*")
+             if path.is_file() and path.name != "manifest.json"}
+    assert manifest["files"] == {
+        name: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)} for name, data in found.items()}
+    assert len([name for name in found if name.endswith("optim_states.pt")]) == 2, "one per rank"
+
+
+def test_samples_and_trained_prompts(finished: Run) -> None:
+    trained = finished.rows("trained")
+    assert [row["step"] for row in trained] == [1, 2, 3]
+    assert [row["prompt_ids"] for row in trained] == [[0, 1], [2, 3], [4, 5]], "each prompt once, in order"
+    for row in finished.rows("samples"):
+        assert row["prompt"] and len(row["responses"]) == 3
+        for response in row["responses"]:
+            assert response["version"] == row["step"] - 1
+            assert {"text", "self", "intrinsic", "logic", "fact", "behav", "used"} <= response.keys()
+
+
+def test_only_lines_of_our_own_are_shown(finished: Run) -> None:
+    """No warning of torch, deepspeed or Ray, which would bury them."""
+    assert all(line.startswith(("ψ", "step ")) for line in finished.errors.splitlines()), finished.errors
+    assert finished.output.splitlines()[-1] == f"finished: {finished.run_dir}"
+    assert len(finished.output.splitlines()) < 10, finished.output
+
+
+# --- the other launchers ------------------------------------------------------------------------------------------
+LAUNCHERS = {
+    "torchrun, 2 ranks": ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+                          "--master-port", "{port}", "-m", "asa_dist.train"],
+    "deepspeed, 1 rank": ["deepspeed.launcher.runner", "--num_accelerators", "1", "--hostfile", os.devnull,
+                          "--master_addr", "127.0.0.1", "--master_port", "{port}", "--module", "asa_dist.train"],
+}
+
+
+def texts_of_first_groups(run: Run) -> dict[int, list[str]]:
+    """By step. Rank 0 writes samples of its own groups, of which the first is the same for any number of ranks."""
+    return {row["step"]: [response["text"] for response in row["responses"]] for row in reversed(run.rows("samples"))}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS.keys())
+def test_other_launchers_do_the_same(start: Start, finished: Run, launcher: list[str]) -> None:
+    """One rank = two ranks, through the whole system: same rows, prompts, samples, losses."""
+    run = start([word.format(port=free_port()) for word in launcher])
+    assert run.wait() == 0, run.errors
+    assert run.rows("trained") == finished.rows("trained")
+    compared = [key for key in finished.steps[0] if key.split("/")[0] not in ("time", "perf", "memory")]
+    for step, expected in zip(run.steps, finished.steps, strict=True):
+        assert {key: step[key] for key in compared} == pytest.approx(
+            {key: expected[key] for key in compared}, rel=1e-5, abs=1e-5)
+    assert texts_of_first_groups(run) == texts_of_first_groups(finished)
+
+
+def test_wrong_content_is_said_once_and_ends_all_ranks(start: Start) -> None:
+    torchrun = [word.format(port=free_port()) for word in LAUNCHERS["torchrun, 2 ranks"]]
+    run = start(torchrun, "data.heldout_fraction=1.0e-9")
+    assert run.wait() > 0
+    said = [line for line in run.errors.splitlines() if line.startswith("asa: ")]
+    assert len(said) == 1 and "the held-out split is empty" in said[0]
+    assert not run.run_dir.exists()
+
+
+# --- runs that end otherwise --------------------------------------------------------------------------------------
+ENDLESS = ["train.steps=1000000", "train.eval_every_steps=1000000"]
+
+
+@pytest.fixture
+def training(start: Start) -> Run:
+    """`asa train` in its first steps, with no end in sight."""
+    run = start(ASA, *ENDLESS)
+    run.wait_until(lambda: len(run.steps) >= 2)
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run(training: Run, number: signal.Signals) -> None:
+    training.process.send_signal(number)
+    assert training.wait() == 128 + number
+    assert training.errors.splitlines()[-1] == "asa: stopping (once more to stop at once)"
+    assert "Traceback" not in training.errors and "finished" not in training.output
+
+
+def test_a_signal_while_ray_starts(start: Start) -> None:
+    run = start(ASA, *ENDLESS)
+    run.wait_until(lambda: "starting Ray" in run.output and len(run.processes()) > 1)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM
+    assert run.errors == "asa: stopping (once more to stop at once)\n"
+
+
+def test_a_killed_rank_ends_the_run(training: Run) -> None:
+    training.find("asa_dist.train", "--local_rank=1").kill()
+    assert training.wait() > 0
+    assert "asa: the run failed (a rank was ended by signal 9)" in training.errors
+    assert "Traceback" not in training.errors
+
+
+def test_a_killed_worker_ends_the_run(training: Run) -> None:
+    training.find("ray::RolloutWorker").kill()
+    assert training.wait() == 1
+    assert "worker-0 failed: its process ended" in training.errors
+    assert "asa: the run failed (exit code 1)" in training.errors
+    assert "Traceback" not in training.errors
