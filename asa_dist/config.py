@@ -123,7 +123,7 @@ class EvaluatorConfig(Section):
     warmup_rho: float = Field(0.3, ge=-1.0, le=1.0, description="ρ̄ that ends the evaluator warm-up once held")
     warmup_hold_steps: PositiveInt = Field(20, description="consecutive steps ρ̄ must hold warmup_rho")
     max_warmup_steps: int = Field(200, ge=0, description="β is 0 for at most this many steps: then alignment starts, with whatever trust there is")
-    running_mean_decay: float = Field(0.99, ge=0.0, lt=1.0, description="decay per step of the running means (centre of states, meta features)")
+    running_mean_decay: float = Field(0.9, ge=0.0, lt=1.0, description="decay per step of the running means (centre of states, meta features)")
 
 
 class ObjectiveConfig(Section):

@@ -58,17 +58,11 @@ def count_model(config: Config) -> dict[str, int]:
     from transformers import AutoModelForCausalLM
 
     from asa_dist.runtime.data.tokenizer import load_pretrained_tokenizer
-    from asa_dist.runtime.model import ModelError, around_trunk, count_parameters, trunk_config
+    from asa_dist.runtime.model import around_trunk, count_parameters, trunk_config
 
     tokenizer = config.data.tokenizer
     vocab_size = tokenizer.train.vocab_size if tokenizer.train else len(load_pretrained_tokenizer(str(tokenizer.path)))
-    trunk = trunk_config(config.model, vocab_size, eos_token_id=0)
-    context_tokens = getattr(trunk, "max_position_embeddings", None)
-    if context_tokens is not None and config.data.sequence_length > context_tokens:
-        raise ModelError(
-            f"data.sequence_length = {config.data.sequence_length}: at most {context_tokens}, the context of "
-            f"model.name_or_path {config.model.name_or_path!r}"
-        )
+    trunk = trunk_config(config.model, vocab_size, eos_token_id=0, row_tokens=config.data.sequence_length)
     with torch.device("meta"):
         return count_parameters(around_trunk(AutoModelForCausalLM.from_config(trunk), config))
 

@@ -93,6 +93,7 @@ def start_local_ray(num_cpus: int, num_gpus: int, object_store_bytes: int, temp_
     environment = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
         LOOPBACK_SWITCH: "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 would let the trainer starve the actors it waits for
     }
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_bytes": object_store_bytes,
                "temp_dir": str(folder.resolve()), "remove_temp_dir": temp_dir is None}
@@ -134,7 +135,8 @@ def _end_session(head: subprocess.Popen[bytes]) -> None:
     head.stdout.close()
 
     def survivors() -> list[int]:
-        return [pid for pid in psutil.pids() if _session_of(pid) == head.pid]
+        alive = (process for process in psutil.process_iter() if _session_of(process.pid) == head.pid)
+        return [process.pid for process in alive if not _is_zombie(process)]  # where PID 1 does not reap, they stay
 
     deadline = time.monotonic() + STOP_GRACE_SECONDS
     while left := survivors():
@@ -143,6 +145,15 @@ def _end_session(head: subprocess.Popen[bytes]) -> None:
                 with contextlib.suppress(ProcessLookupError):  # it may end by itself meanwhile
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _is_zombie(process: Any) -> bool:
+    import psutil
+
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _session_of(pid: int) -> int | None:

@@ -51,7 +51,7 @@ class ProgressLine:
         if now - self._last_plain >= self._plain_every_seconds or step == self._num_steps:
             self._last_plain = now
             left_seconds = (now - self._started) / max(1, step - self._first_step) * (self._num_steps - step)
-            self.say(f"step {step}/{self._num_steps} {text} {left_seconds:.0f} s left")
+            self.say(f"step {step}/{self._num_steps} {text} {tqdm.format_interval(left_seconds)} left")
 
     def say(self, message: str) -> None:
         """One line, above the live one."""

@@ -135,7 +135,7 @@ def _restarting_positions(batch: MicroBatch) -> Tensor:
 
 
 # --- building ---------------------------------------------------------------------------------------------------
-def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int) -> PretrainedConfig:
+def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int, row_tokens: int) -> PretrainedConfig:
     """The trunk's transformers config.
 
     Raises:
@@ -170,6 +170,12 @@ def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int) -> Pre
                 "changes the logits after the output projection, which the chunked log-probabilities do not compute; "
                 "choose another model"
             )
+    context_tokens = getattr(loaded, "max_position_embeddings", None)
+    if context_tokens is not None and row_tokens > context_tokens:
+        raise ModelError(
+            f"data.sequence_length = {row_tokens}: at most {context_tokens}, the context of "
+            f"model.name_or_path {config.name_or_path!r}"
+        )
     if loaded.vocab_size < vocab_size:
         raise ModelError(
             f"model.name_or_path = {config.name_or_path!r} has {loaded.vocab_size} embeddings, "
@@ -184,7 +190,7 @@ def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: boo
     Every rank builds it and ``deepspeed.initialize`` partitions it: under ``zero.Init`` transformers' own
     initialisation does not reach partitioned weights.
     """
-    trunk = trunk_config(config.model, vocab_size, eos_token_id)
+    trunk = trunk_config(config.model, vocab_size, eos_token_id, config.data.sequence_length)
     attention = config.model.attention_implementation(on_cuda)
     torch.manual_seed(config.seed)
     if config.model.name_or_path is None:
