@@ -226,7 +226,8 @@ class AsaLoop:
             elif name == "rollout/policy_age_mean":
                 values[name] = float(value) / self.config.rollout.prompts_per_step
             elif kind == "rollout":
-                values[name] = float(value) / (max(counts.response_tokens, 1) if rest in per_token else counts.responses)
+                denominator = max(counts.response_tokens, 1.0) if rest in per_token else counts.responses
+                values[name] = float(value) / denominator
         values |= {
             "trust/tau": inputs.coefficients.tau,
             "trust/rho": float(self.state.rho),
