@@ -297,7 +297,8 @@ def _build_loop(
     return AsaLoop(
         config=config, rank=rank, num_ranks=num_ranks, device=placement.device, state=state, engine=engine,
         tables=token_tables(tokenizer, model.vocab_size),
-        corpus=CorpusFeed(run_dir, config.data, config.train, config.seed, model.vocab_size, rank, num_ranks),
+        corpus=CorpusFeed(run_dir, config.data, config.train, config.seed, model.vocab_size, rank, num_ranks,
+                          engine.sum_over_ranks),
         rollouts=RolloutFeed(client, prompts, config.rollout.prompts_per_step, engine),
         recorder=recorder,
         learning_rates=lambda step: learning_rates(step, config.train.steps, config.optimizer),

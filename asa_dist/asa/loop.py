@@ -105,15 +105,17 @@ class AsaLoop:
 
     def _step(self, step: int) -> dict[str, float]:
         started = time.monotonic()
+        corpus = self.corpus.train_batches(step)  # while the rollouts are under way
+        asked = time.monotonic()
         groups = self.rollouts.take(step)
-        waited_seconds = time.monotonic() - started
-        batches = self._batches(step, groups)
+        waited_seconds = time.monotonic() - asked
+        batches = self._batches(step, corpus, groups)
         counts = self._global_counts(batches)
         inputs = self._inputs(counts)
         rates = self.learning_rates(step)
         result = self.engine.train_step(batches, inputs, rates)
-        sums, maxima, prompt_ids = self._reduce(result.sums, result.maxima, groups)
         publish_seconds = self._timed(lambda: self.rollouts.publish(step + 1))
+        sums, maxima, prompt_ids = self._reduce(result.sums, result.maxima, groups)
         tau = self.state.tau
         self.state.update(self._summary(sums, counts))
         self.recorder.trained(step + 1, prompt_ids)
@@ -135,18 +137,14 @@ class AsaLoop:
         action()
         return time.monotonic() - started
 
-    def _batches(self, step: int, groups: Sequence[RolloutGroup]) -> list[MicroBatch]:
+    def _batches(
+        self, step: int, corpus: Sequence[MicroBatch], groups: Sequence[RolloutGroup]
+    ) -> list[MicroBatch]:
         """Micro-batches of corpus and rollout rows; a group is never split."""
-        num = self.config.train.accumulation_steps
-        per_batch = len(groups) // num
+        per_batch, row_length = len(groups) // len(corpus), self.config.data.sequence_length
         return [
-            join(
-                corpus,
-                pack_groups(
-                    groups[i * per_batch : (i + 1) * per_batch], self.config.data.sequence_length, self.tables, step
-                ),
-            )
-            for i, corpus in enumerate(self.corpus.train_batches(step))
+            join(rows, pack_groups(groups[i * per_batch : (i + 1) * per_batch], row_length, self.tables, step))
+            for i, rows in enumerate(corpus)
         ]
 
     def _global_counts(self, batches: Sequence[MicroBatch]) -> GlobalCounts:
@@ -160,7 +158,11 @@ class AsaLoop:
             objective.alpha, objective.beta if self.state.aligning else 0.0, objective.gamma, self.state.tau
         )
         return StepInputs(
-            coefficients, counts, self.state.center().to(self.device), self.state.progress().to(self.device)
+            coefficients,
+            counts,
+            self.state.center().to(self.device),
+            self.state.scale(),
+            self.state.progress().to(self.device),
         )
 
     def _reduce(
@@ -195,6 +197,7 @@ class AsaLoop:
             / counts.responses,
             meta_loss=float(sums["loss/meta"]),
             pooled_sum_H=sums["pooled_sum"],
+            pooled_square_sum=float(sums["pooled_square_sum"]),
             num_pooled=counts.contentful,
         )
 

@@ -75,7 +75,8 @@ class StepInputs:
 
     coefficients: StepCoefficients
     counts: GlobalCounts
-    center_H: Tensor
+    center_H: Tensor  # of pooled states
+    scale: float  # of pooled states, see pool_states
     progress_F: Tensor
 
 
@@ -315,6 +316,7 @@ def _reward_sums(scored: ScoredGroups, states: PooledStates) -> dict[str, Tensor
         "trust/rho_sum": correlation_P.sum(),
         "trust/valid_groups": valid_P.sum(),
         "pooled_sum": states.uncentred_sum_H,
+        "pooled_square_sum": states.square_sum,
         **{f"omega/{name}": weight for name, weight in zip(("logic", "fact", "behav"), scored.omega_3, strict=True)},
     }
 

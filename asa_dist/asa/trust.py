@@ -67,6 +67,7 @@ class StepSummary:
     reward_mean_3: Tensor  # logic, fact, behav
     meta_loss: float
     pooled_sum_H: Tensor  # of uncentred response means
+    pooled_square_sum: float  # of squared norms of centred response means
     num_pooled: float
 
 
@@ -80,6 +81,7 @@ class AlignmentState(nn.Module):
     reward_mean_3: Tensor
     meta_mean: Tensor
     center_sum_H: Tensor
+    square_sum: Tensor
     center_weight: Tensor
     mean_weight: Tensor
 
@@ -94,6 +96,7 @@ class AlignmentState(nn.Module):
         self.register_buffer("meta_mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean_weight", torch.zeros((), dtype=torch.float64))
         self.register_buffer("center_sum_H", torch.zeros(hidden_size))
+        self.register_buffer("square_sum", torch.zeros((), dtype=torch.float64))
         self.register_buffer("center_weight", torch.zeros((), dtype=torch.float64))
 
     @property
@@ -109,6 +112,11 @@ class AlignmentState(nn.Module):
     def center(self) -> Tensor:
         """Running mean of pooled response states, float32 [H]; 0 before the first step."""
         return self.center_sum_H / max(float(self.center_weight), 1e-12)
+
+    def scale(self) -> float:
+        """1 / root mean square norm of centred response states; 1 before the first step."""
+        mean_square = float(self.square_sum) / max(float(self.center_weight), 1e-12)
+        return mean_square**-0.5 if mean_square > 0 else 1.0
 
     def progress(self) -> Tensor:
         """Features of the meta-optimizer, float32 [5]."""
@@ -138,4 +146,5 @@ class AlignmentState(nn.Module):
             self.center_sum_H.mul_(decay).add_(
                 (1 - decay) * (summary.pooled_sum_H / summary.num_pooled).to(self.center_sum_H)
             )
+            self.square_sum.mul_(decay).add_((1 - decay) * summary.pooled_square_sum / summary.num_pooled)
             self.center_weight.mul_(decay).add_(1 - decay)

@@ -203,14 +203,18 @@ class TrainEngine:
 
     def _refuse_nonfinite(self, output: FusedOutput, batch: MicroBatch) -> None:
         """All ranks learn of a non-finite loss or reward before any of them starts the backward."""
-        bad = [] if torch.isfinite(output.loss) else ["the loss"]
+        checked = torch.stack([output.loss.detach(), *(value_PG.sum() for value_PG in output.terms.values())])
+        is_bad = (~torch.isfinite(checked)).any().float()
+        dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
+        if not is_bad:  # the one wait for the device between forward and backward
+            return
+        found = [] if torch.isfinite(output.loss) else ["the loss"]
         for name, value_PG in output.terms.items():
             if batch.groups is not None and not torch.isfinite(value_PG).all():
                 group = int((~torch.isfinite(value_PG)).any(1).nonzero()[0])
-                bad.append(f"reward term {name} of prompt {int(batch.groups.prompt_id_P[group])}")
-        if self.max_over_ranks([len(bad)])[0] > 0:
-            found = "; ".join(bad) or "a value on another rank"
-            raise TrainingError(f"rank {self.placement.rank}: not finite: {found}; no update was made")
+                found.append(f"reward term {name} of prompt {int(batch.groups.prompt_id_P[group])}")
+        where = "; ".join(found) or "a value on another rank"
+        raise TrainingError(f"rank {self.placement.rank}: not finite: {where}; no update was made")
 
     @torch.no_grad()
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:

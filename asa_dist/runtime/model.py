@@ -82,7 +82,8 @@ class AsaModel(nn.Module):
         if batch.groups is None:
             mle = corpus_loss(logprob_N, batch, inputs.counts)
             return FusedOutput(mle, {"loss/mle": mle.detach()}, {}, {})
-        states = pool_states(middle_NH, final_NH, inputs.center_H, batch.groups, self._evaluator_config.embedding)
+        embedding = self._evaluator_config.embedding
+        states = pool_states(middle_NH, final_NH, inputs.center_H, inputs.scale, batch.groups, embedding)
         heads = self.evaluator(
             states.evaluator_response_PGH, states.evaluator_claim_CH, batch.groups.content_length_PG > 0
         )

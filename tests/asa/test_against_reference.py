@@ -29,7 +29,7 @@ from tests.asa.reference import (
 )
 
 HIDDEN, EMBEDDING, ROW = 12, 7, 48
-TAU, RHO, STEP = 0.35, 0.35, 41
+TAU, RHO, STEP, SCALE = 0.35, 0.35, 41, 0.6
 TERMS = {
     "logic": "logic",
     "fact": "fact",
@@ -97,6 +97,7 @@ def make_world(seed: int, group_size: int, evaluator: dict[str, Any], objective:
     state.mean_weight.fill_(0.5)
     state.center_sum_H.copy_(torch.randn(HIDDEN) * 0.3 * 0.5)
     state.center_weight.fill_(0.5)
+    state.square_sum.fill_(0.5 / SCALE**2)
     middle_NH = torch.randn(num_tokens, HIDDEN) + 0.5
     for index in range(len(groups) * group_size):  # the copies of a prompt have equal states
         own, first = ((batch.groups.prompt_N == i).nonzero().flatten() for i in (index, index - index % group_size))
@@ -119,7 +120,7 @@ def ours(world: World) -> tuple[FusedOutput, GlobalCounts]:
     counts = GlobalCounts(*GlobalCounts.of(world.batch).tolist())
     groups = world.batch.groups
     states = pool_states(
-        world.middle_NH, world.final_NH, world.state.center(), groups, world.evaluator_config.embedding
+        world.middle_NH, world.final_NH, world.state.center(), world.state.scale(), groups, world.evaluator_config.embedding
     )
     heads = world.evaluator(states.evaluator_response_PGH, states.evaluator_claim_CH, groups.content_length_PG > 0)
     coefficients = StepCoefficients(
@@ -177,11 +178,11 @@ def reference(world: World) -> RefResult:
     p = {name: value.detach().double().numpy() for name, value in world.evaluator.named_parameters()}
     m = {name: value.detach().double().numpy() for name, value in world.meta.named_parameters()}
     params = RefParams(
-        p.get("projection_DH", np.eye(HIDDEN)),
+        p["projection_DH"] * SCALE if "projection_DH" in p else np.eye(HIDDEN),  # weights absorb the scale
         p["consistency_left_D"],
         p["consistency_right_D"],
         float(p["consistency_bias"][0]),
-        p["verify_H"],
+        p["verify_H"] * (SCALE if "projection_DH" in p else 1),
         float(p["verify_bias"][0]),
         p["principle_MD"],
         p["principle_bias_M"],
@@ -268,6 +269,7 @@ def test_trust_after_the_step() -> None:
             torch.stack([output.sums[f"reward/{name}"] for name in ("logic", "fact", "behav")]) / counts.responses,
             float(output.sums["loss/meta"]),
             output.sums["pooled_sum"],
+            float(output.sums["pooled_square_sum"]),
             counts.contentful,
         )
     )

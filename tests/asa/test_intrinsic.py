@@ -28,7 +28,7 @@ def test_non_repetition_counts_distinct_trigrams() -> None:
     batch = pack_groups([RolloutGroup(0, 0, Prompt(0, 0, np.array([1], np.int32)), responses)], 64, worlds.TABLES, 0)
     assert batch.groups is not None
     states_NH = torch.zeros(batch.input_ids_RT.numel(), 2)
-    states = pool_states(states_NH, states_NH, torch.zeros(2), batch.groups, "learned")
+    states = pool_states(states_NH, states_NH, torch.zeros(2), 1.0, batch.groups, "learned")
     measured_PG = non_repetition(SignalInputs(batch.groups, states, torch.zeros(1, len(contents))))
     for content, value in zip(contents, measured_PG[0].tolist(), strict=True):
         grams = [tuple(content[i : i + 3]) for i in range(len(content) - 2)]

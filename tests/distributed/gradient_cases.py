@@ -68,7 +68,7 @@ def separate_gradients() -> Gradients:
     groups, coefficients = batch.groups, inputs.coefficients
     middle_NH, final_NH = model._trunk(batch)
     scores = TokenScores(*model.lm.get_output_embeddings()(final_NH, batch.target_RT.flatten()))
-    states = pool_states(middle_NH, final_NH, inputs.center_H, groups, "learned")
+    states = pool_states(middle_NH, final_NH, inputs.center_H, inputs.scale, groups, "learned")
     heads = model.evaluator(states.evaluator_response_PGH, states.evaluator_claim_CH, groups.content_length_PG > 0)
     scored = score_groups(
         scores,

@@ -99,7 +99,7 @@ def inputs() -> StepInputs:
     """The same for every split of the global batch."""
     counts = GlobalCounts(*GlobalCounts.of(micro_batches(1, 0, 1)[0]).tolist())
     center_H = torch.linspace(-0.3, 0.3, 32)
-    return StepInputs(COEFFICIENTS, counts, center_H, torch.tensor([0.7, 0.1, -0.2, 0.3, 0.05]))
+    return StepInputs(COEFFICIENTS, counts, center_H, 0.8, torch.tensor([0.7, 0.1, -0.2, 0.3, 0.05]))
 
 
 def corpus_part(batch: MicroBatch) -> MicroBatch:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from asa_dist.asa.packing import MicroBatch, corpus_batch
 from asa_dist.config import DataConfig, TrainConfig
@@ -38,25 +40,36 @@ def _padded(rows: PackedRows, num_rows: int) -> PackedRows:
 
 
 class CorpusFeed:
-    """Every rank cuts its slice out of the same global batch; rank 0 also counts bigrams of all of it."""
+    """This rank's slice of every global batch, and the counts of a bigram model of the same tokens.
+
+    Args:
+        sum_over_ranks: a collective; adds an array up over all ranks.
+    """
 
     def __init__(
-        self, run_dir: Path, data: DataConfig, train: TrainConfig, seed: int, vocab_size: int, rank: int, num_ranks: int
+        self,
+        run_dir: Path,
+        data: DataConfig,
+        train: TrainConfig,
+        seed: int,
+        vocab_size: int,
+        rank: int,
+        num_ranks: int,
+        sum_over_ranks: Callable[[Tensor], Tensor],
     ):
         self._corpus = CorpusRows(run_dir, data, seed)
         self._train, self._rank, self._num_ranks = train, rank, num_ranks
         self._heldout = self._corpus.heldout_rows(data.max_heldout_rows)
-        self._bigram = BigramBaseline(self._heldout, vocab_size) if rank == 0 else None
+        self._bigram = BigramBaseline(self._heldout, vocab_size)
+        self._sum_over_ranks = sum_over_ranks
 
     def train_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
-        per_step = self._train.corpus_rows_per_step
-        rows = self._corpus.rows(step * per_step, per_step)
-        if self._bigram is not None:
-            self._bigram.update(rows)
-        per_batch = per_step // self._num_ranks // self._train.accumulation_steps
-        first = self._rank * (per_step // self._num_ranks)
-        return [_slice(rows, first + number * per_batch, per_batch) for number in range(self._train.accumulation_steps)]
+        share = self._train.corpus_rows_per_step // self._num_ranks
+        rows = self._corpus.rows(step * self._train.corpus_rows_per_step + self._rank * share, share)
+        self._bigram.update(rows)
+        per_batch = share // self._train.accumulation_steps
+        return [_slice(rows, number * per_batch, per_batch) for number in range(self._train.accumulation_steps)]
 
     def heldout_batches(self) -> list[MicroBatch]:
         """This rank's share of the held-out rows, in batches of a training micro-batch's size."""
@@ -67,5 +80,5 @@ class CorpusFeed:
         return [_slice(rows, first + number * per_batch, per_batch) for number in range(num_batches)]
 
     def bigram_perplexity(self) -> float:
-        """Of the training rows seen so far, on the held-out rows; rank 0's answer counts."""
-        return self._bigram.perplexity() if self._bigram is not None else float("nan")
+        """Of the training rows all ranks have seen so far, on the held-out rows. A collective."""
+        return self._bigram.perplexity(lambda counts: self._sum_over_ranks(torch.from_numpy(counts)).numpy())
