@@ -64,7 +64,7 @@ def count_model(config: Config) -> dict[str, int]:
     vocab_size = tokenizer.train.vocab_size if tokenizer.train else len(load_pretrained_tokenizer(str(tokenizer.path)))
     trunk = trunk_config(config.model, vocab_size, eos_token_id=0, row_tokens=config.data.sequence_length)
     with torch.device("meta"):
-        return count_parameters(around_trunk(AutoModelForCausalLM.from_config(trunk), config))
+        return count_parameters(around_trunk(AutoModelForCausalLM.from_config(trunk, trust_remote_code=False), config))
 
 
 def describe(config: Config) -> str:
@@ -144,6 +144,7 @@ def run_training(config: Config, run_dir: Path, gpus: GpuAssignment) -> int:
         ) as ray,
     ):
         environment = os.environ | ray.environment | {"OMP_NUM_THREADS": str(config.train.threads_per_rank)}
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no rank listens outside it
         if not gpus.train:
             environment["DS_ACCELERATOR"] = "cpu"
         code = stop.run(_launcher_command(gpus.train or range(config.num_ranks), run_dir, ray.address), environment)

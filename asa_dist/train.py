@@ -227,11 +227,31 @@ def _recorder(config: Config, run_dir: Path, placement: Placement, headline: str
         return
     progress = ProgressLine(config.train.steps, first_step=0)
     progress.say(headline)
+    for warning in doubtful_settings(config):
+        progress.say(f"asa: warning: {warning}")
     recorder = RunRecorder(run_dir, config.metrics, decode, progress)
     try:
         yield recorder
     finally:
         recorder.close()
+
+
+def doubtful_settings(config: Config) -> list[str]:
+    """What is allowed, but seldom meant."""
+    doubts = []
+    rollout, warmup_steps, steps = config.rollout, config.optimizer.warmup_steps, config.train.steps
+    if config.objective.importance != "none" and (rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0):
+        doubts.append(
+            f"rollout.top_p = {rollout.top_p}, top_k = {rollout.top_k}, min_p = {rollout.min_p} truncate sampling, but "
+            "log-probabilities are those before truncation: the off-policy correction is biased; turn truncation off, "
+            "or set objective.importance=none"
+        )
+    if warmup_steps >= steps:
+        doubts.append(
+            f"optimizer.warmup_steps = {warmup_steps}, train.steps = {steps}: the run ends within the warm-up, with "
+            f"learning rates of {100 * steps / warmup_steps:.3g} % of their peak"
+        )
+    return doubts
 
 
 def _headline(config: Config, placement: Placement, counts: dict[str, int]) -> str:

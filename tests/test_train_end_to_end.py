@@ -129,7 +129,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         folder, mark = tmp_path_factory.mktemp("run"), uuid.uuid4().hex
         environment = os.environ | {
             RUN_VARIABLE: mark, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-        del environment["DS_ACCELERATOR"]  # set for the tests that import deepspeed: users need not know it
+        environment.pop("DS_ACCELERATOR", None)  # set for the tests that import deepspeed: users need not know it
         command = [sys.executable, "-m", *module, str(TINY), f"data.sources.0.path={corpus}", *overrides]
         with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
             process = subprocess.Popen(
@@ -269,10 +269,17 @@ def training(start: Start) -> Run:
     return run
 
 
+def files_with(text: bytes, folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and text in path.read_bytes()]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run(training: Run, number: signal.Signals) -> None:
+    tokens = {(process.info["environ"] or {}).get("RAY_AUTH_TOKEN") for process in training.processes()} - {None}
     training.process.send_signal(number)
     assert training.wait() == 128 + number
+    assert len(tokens) == 1, "the run's processes share one secret"
+    assert files_with(tokens.pop().encode(), training.folder) == [], "the secret was written down"
     assert training.errors.splitlines()[-1] == "asa: stopping (once more to stop at once)"
     assert "Traceback" not in training.errors and "finished" not in training.output
 

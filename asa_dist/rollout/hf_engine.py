@@ -53,14 +53,17 @@ class HfEngine:
 
     def __init__(self, config_folder: str, model: ModelConfig, sampling: SamplingConfig, device: str) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
         self.version = NO_VERSION
         self._sampling = sampling
         self._device = torch.device(device)
-        self._model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(config_folder), dtype=DTYPES[model.dtype],
-            attn_implementation=model.attention_implementation(device != "cpu"),
-        ).to(self._device).eval().requires_grad_(False)
+        with no_init_weights():  # drawing billions of numbers that `load` replaces takes minutes
+            built = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(config_folder, trust_remote_code=False), dtype=DTYPES[model.dtype],
+                attn_implementation=model.attention_implementation(device != "cpu"), trust_remote_code=False)
+        built.tie_weights()  # which initialisation would have done
+        self._model = built.to(self._device).eval().requires_grad_(False)
 
     def load(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         live = dict(self._model.named_parameters())  # lists a tied weight once, under its first name

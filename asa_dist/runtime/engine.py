@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import logging
 import math
+import os
 import resource
+import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from asa_dist.asa.errors import TrainingError
 from asa_dist.asa.objective import FusedOutput, StepInputs
@@ -48,14 +51,33 @@ def join_process_group(placement: Placement, timeout_seconds: float) -> None:
     on_cuda = placement.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(placement.device)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=timeout,
         rank=placement.rank,
         world_size=placement.num_ranks,
+        store=_rendezvous(placement, timeout),
     )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+
+
+def _rendezvous(placement: Placement, timeout: datetime.timedelta) -> PrefixStore:
+    """The launcher's store, or rank 0's own, listening on MASTER_ADDR alone: torch's default is every interface."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    launcher_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = placement.rank == 0 and not launcher_serves
+    listener = socket.create_server((host, port)) if is_server else None
+    store = TCPStore(
+        host,
+        port,
+        placement.num_ranks,
+        is_server,
+        timeout,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )
+    return PrefixStore("asa", store)
 
 
 def deepspeed_settings(train: TrainConfig, dtype: str, num_ranks: int) -> dict[str, Any]:
@@ -189,7 +211,9 @@ class TrainEngine:
             self.engine.backward(output.loss * self.placement.num_ranks, scale_wrt_gas=False)
             if number == len(batches) - 1:
                 result.gradient_norms.update(
-                    clip_by_part(self.optimizer, self._part_of_group, PARTS, self._clip_norm)
+                    clip_by_part(
+                        self.optimizer, self._part_of_group, PARTS, self._clip_norm, self.placement.device
+                    )
                 )
                 if not all(math.isfinite(norm) for norm in result.gradient_norms.values()):
                     raise TrainingError(f"gradient norms {result.gradient_norms} are not finite; no update was made")

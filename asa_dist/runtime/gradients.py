@@ -51,17 +51,26 @@ def is_partitioned(optimizer: Any) -> bool:
     return isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3 | DeepSpeedZeroOptimizer | BF16_Optimizer)
 
 
-def clip_by_part(optimizer: Any, part_of_group: list[str], parts: list[str], max_norm: float) -> dict[str, float]:
+def clip_by_part(
+    optimizer: Any,
+    part_of_group: list[str],
+    parts: list[str],
+    max_norm: float,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> dict[str, float]:
     """Norm of each part's gradient before clipping; scales parts above ``max_norm`` (0 = off) down to it.
 
     One all-reduce of ``len(parts)`` numbers. A non-finite norm is returned as it is and nothing is scaled.
+
+    Args:
+        device: on which the process group communicates; offloaded gradients stand elsewhere.
     """
     gradients = [(part_of_group[group], tensors) for group, tensors in local_gradients(optimizer)]
-    device = next((t.device for _, tensors in gradients for t in tensors), torch.device("cpu"))
     squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
     for part, tensors in gradients:
-        for tensor in tensors:
-            squares[parts.index(part)] += tensor.float().square().sum().double()
+        if tensors:
+            sums = torch.stack([tensor.float().square().sum().double() for tensor in tensors])
+            squares[parts.index(part)] += sums.sum().to(device)
     if is_partitioned(optimizer):
         dist.all_reduce(squares)
     norms = dict(zip(parts, squares.sqrt().tolist(), strict=True))

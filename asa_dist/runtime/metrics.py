@@ -65,6 +65,10 @@ class ProgressLine:
             self._bar.close()
 
 
+LARGEST_ON_POLICY_DIFFERENCE = 0.1  # nats: the same weights, so only rounding may differ
+STEPS_BETWEEN_WARNINGS = 100
+
+
 class RunRecorder:
     """Appends one JSON object per line; every line is flushed, so that a killed run keeps what it had written."""
 
@@ -78,6 +82,7 @@ class RunRecorder:
         self._config = config
         self._decode = decode
         self._progress = progress
+        self._next_warning_step = 0.0
         self._files = {
             name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8") for name in ("metrics", "samples", "trained")
         }
@@ -90,6 +95,21 @@ class RunRecorder:
     def metrics(self, values: dict[str, float]) -> None:
         self._append("metrics", values)
         self._progress.show(values)
+        self._warn_of_disagreement(values)
+
+    def _warn_of_disagreement(self, values: dict[str, float]) -> None:
+        """Rollouts of the very weights that are trained must have the trainer's log-probabilities."""
+        if "rollout/max_abs_dlogp" not in values or values["rollout/policy_age_max"] > 0:
+            return
+        difference, step = values["rollout/max_abs_dlogp"], values["step"]
+        if difference > LARGEST_ON_POLICY_DIFFERENCE and step >= self._next_warning_step:
+            self._next_warning_step = step + STEPS_BETWEEN_WARNINGS
+            self._progress.say(
+                f"asa: warning: step {step:.0f}: trainer and rollout engine disagree about log-probabilities of the "
+                f"same weights, by up to {difference:.2g} nats (rollout/max_abs_dlogp); likely causes: the rounding of "
+                "model.dtype bfloat16 (try float32), or another attention implementation in the workers (set "
+                "model.attention)"
+            )
 
     def trained(self, step: int, prompt_ids: list[int]) -> None:
         self._append("trained", {"step": step, "prompt_ids": prompt_ids})

@@ -7,6 +7,7 @@ forward of the module that owns it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,7 +141,8 @@ def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int, row_to
     """The trunk's transformers config.
 
     Raises:
-        ModelError: a pretrained model that is missing, or whose logits are not a plain product with its output weights.
+        ModelError: a pretrained model that is missing, whose logits are not a plain product with its output weights,
+            whose attention has a window shorter than a row, whose context is too short, or with too few embeddings.
     """
     if config.name_or_path is None:
         arch = config.architecture
@@ -171,6 +173,12 @@ def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int, row_to
                 "changes the logits after the output projection, which the chunked log-probabilities do not compute; "
                 "choose another model"
             )
+    if (window_tokens := _attention_window(loaded)) < row_tokens:
+        raise ModelError(
+            f"model.name_or_path = {config.name_or_path!r}: its attention sees {window_tokens} tokens back, rows have "
+            f"data.sequence_length = {row_tokens}: the trainer's rows have no such window, rollout workers would; "
+            "choose shorter rows or another model"
+        )
     context_tokens = getattr(loaded, "max_position_embeddings", None)
     if context_tokens is not None and row_tokens > context_tokens:
         raise ModelError(
@@ -182,7 +190,28 @@ def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int, row_to
             f"model.name_or_path = {config.name_or_path!r} has {loaded.vocab_size} embeddings, "
             f"the tokenizer {vocab_size} tokens: they do not belong together"
         )
+    _zero_dropout(loaded)
     return loaded
+
+
+def _attention_window(trunk: PretrainedConfig) -> float:
+    """Tokens that the narrowest layer sees; infinite without a window, 0 for windowed layers of unknown width."""
+    layer_types = set(getattr(trunk, "layer_types", None) or ())
+    sliding = getattr(trunk, "sliding_window", None) if getattr(trunk, "use_sliding_window", True) else None
+    if sliding is None and "sliding_attention" in layer_types:
+        sliding = 0
+    chunked = (getattr(trunk, "attention_chunk_size", None) or 0) if "chunked_attention" in layer_types else None
+    return min((window for window in (sliding, chunked) if window is not None), default=math.inf)
+
+
+def _zero_dropout(trunk: PretrainedConfig) -> None:
+    """Rollout workers drop nothing, so neither may the trainer: log-probabilities would not belong to the samples.
+
+    In the config, not only in the modules: attention reads these numbers itself.
+    """
+    for name, value in trunk.to_dict().items():
+        if "drop" in name and isinstance(value, float):
+            setattr(trunk, name, 0.0)
 
 
 def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: bool) -> AsaModel:
@@ -195,7 +224,9 @@ def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: boo
     attention = config.model.attention_implementation(on_cuda)
     torch.manual_seed(config.seed)
     if config.model.name_or_path is None:
-        lm = AutoModelForCausalLM.from_config(trunk, attn_implementation=attention, dtype=torch.float32)
+        lm = AutoModelForCausalLM.from_config(
+            trunk, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+        )
     else:
         lm = AutoModelForCausalLM.from_pretrained(
             Path(config.model.name_or_path).expanduser(),
@@ -207,6 +238,9 @@ def build_model(config: Config, vocab_size: int, eos_token_id: int, on_cuda: boo
     projection = lm.get_output_embeddings()
     if not isinstance(projection, nn.Linear) or getattr(projection, "bias", None) is not None:
         raise ModelError(f"{type(lm).__name__}: its output projection is not a plain Linear without bias")
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # what a model does not take from its config
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return around_trunk(lm, config)

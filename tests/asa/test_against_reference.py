@@ -120,7 +120,12 @@ def ours(world: World) -> tuple[FusedOutput, GlobalCounts]:
     counts = GlobalCounts(*GlobalCounts.of(world.batch).tolist())
     groups = world.batch.groups
     states = pool_states(
-        world.middle_NH, world.final_NH, world.state.center(), world.state.scale(), groups, world.evaluator_config.embedding
+        world.middle_NH,
+        world.final_NH,
+        world.state.center(),
+        world.state.scale(),
+        groups,
+        world.evaluator_config.embedding,
     )
     heads = world.evaluator(states.evaluator_response_PGH, states.evaluator_claim_CH, groups.content_length_PG > 0)
     coefficients = StepCoefficients(

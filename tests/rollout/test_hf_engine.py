@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from asa_dist.config import ModelConfig, RolloutConfig
 from asa_dist.records import Prompt, Response
@@ -164,6 +166,53 @@ def test_load_refuses_before_it_touches_anything(
         engine.load(2, change(dict(make_model(tmp_path, seed=5).named_parameters())).items())
     assert engine.version == 1
     assert all(torch.equal(parameter, before[name]) for name, parameter in engine._model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_built_without_drawing_weights_but_else_the_same(
+        tmp_path: Path, tied: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers, which no version brings, bit for bit; parameters by name, shape, dtype and which are one."""
+    normal = make_model(tmp_path, tied=tied)
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    for rope in (None, scaled):
+        config = normal.config
+        if rope is not None:
+            config.rope_parameters = rope
+        config.save_pretrained(tmp_path)
+        expected = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        with monkeypatch.context() as patched:
+            for name in ("normal_", "uniform_", "kaiming_uniform_"):
+                patched.setattr(torch.Tensor, name, lambda *_, **__: pytest.fail("weights are drawn"), raising=False)
+            built = make_engine(tmp_path, dtype)._model
+        buffers = dict(built.named_buffers())
+        assert "model.rotary_emb.inv_freq" in buffers and buffers.keys() == dict(expected.named_buffers()).keys()
+        for name, buffer in expected.named_buffers():
+            assert buffers[name].dtype == buffer.dtype and torch.equal(buffers[name], buffer)
+        shapes = [(name, p.shape, p.dtype) for name, p in expected.named_parameters()]
+        assert [(name, p.shape, p.dtype) for name, p in built.named_parameters()] == shapes
+        assert (built.lm_head.weight is built.model.embed_tokens.weight) == tied
+        assert not built.training and not any(p.requires_grad for p in built.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "own"])
+def test_code_in_a_model_folder_is_never_run(
+        tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": model_type,
+               "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "y")
+    if model_type == "llama":
+        assert type(make_engine(tmp_path)._model).__module__.startswith("transformers.")
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            make_engine(tmp_path)
+    assert not questions and not (tmp_path / "was_run").exists()
 
 
 def test_generate_needs_weights(tmp_path: Path) -> None:

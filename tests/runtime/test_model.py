@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
 from asa_dist.asa.packing import MicroBatch, corpus_batch, pack_groups
-from asa_dist.records import RolloutGroup
-from asa_dist.runtime.model import ModelError, count_parameters, named_parts, segment_mask
+from asa_dist.config import Config
+from asa_dist.records import Prompt, RolloutGroup
+from asa_dist.rollout.engine import SamplingConfig
+from asa_dist.rollout.hf_engine import HfEngine
+from asa_dist.runtime.model import (
+    ModelError,
+    build_model,
+    count_parameters,
+    named_parts,
+    segment_mask,
+    trunk_config,
+)
 from tests.asa import worlds
 from tests.distributed import tiny
 
@@ -76,14 +98,99 @@ def test_parts_and_counts(tied: bool) -> None:
     assert counts["xi"] == 3 * 5 + 3
 
 
-def test_logits_that_are_no_plain_product_are_refused(tmp_path: object) -> None:
+def of_folder(folder: Path) -> Config:
+    """The tiny config around a pretrained model."""
+    settings = tiny.config(stage=0)
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"name_or_path": str(folder)})})
+
+
+def test_logits_that_are_no_plain_product_are_refused(tmp_path: Path) -> None:
     from transformers import Gemma2Config
 
     Gemma2Config(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
-    ).save_pretrained(str(tmp_path))
-    settings = tiny.config(stage=0).model_copy(
-        update={"model": tiny.config(stage=0).model.model_copy(update={"name_or_path": str(tmp_path)})}
-    )
+    ).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="final_logit_softcapping"):
-        tiny.build_model(settings, 64, 0, on_cuda=False)
+        build_model(of_folder(tmp_path), 64, 0, on_cuda=False)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+LAYERS = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "window_tokens"),
+    [
+        ("mistral", {"sliding_window": tiny.ROW - 1}, tiny.ROW - 1),
+        ("mistral", {"sliding_window": tiny.ROW}, None),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": LAYERS}, 8),
+        ("ministral", {"sliding_window": None, "layer_types": LAYERS}, 0),
+        ("llama", {"layer_types": ["full_attention", "chunked_attention"], "attention_chunk_size": 32}, 32),
+    ],
+)
+def test_attention_windows_shorter_than_a_row_are_refused(
+    tmp_path: Path, model_type: str, settings: dict[str, Any], window_tokens: int | None
+) -> None:
+    """Under our mask the trainer would see the whole segment, a worker only the window."""
+    AutoConfig.for_model(model_type, **SMALL, **settings).save_pretrained(tmp_path)
+    model = of_folder(tmp_path).model
+    if window_tokens is None:
+        assert trunk_config(model, 64, 0, tiny.ROW).model_type == model_type
+        return
+    with pytest.raises(ModelError, match=f"sees {window_tokens} tokens back.*data.sequence_length = {tiny.ROW}"):
+        trunk_config(model, 64, 0, tiny.ROW)
+
+
+@pytest.mark.parametrize(
+    "trunk",
+    [
+        GPT2Config(vocab_size=worlds.VOCAB, n_positions=64, n_embd=32, n_layer=3, n_head=2, initializer_range=0.2),
+        LlamaConfig(**SMALL | {"vocab_size": worlds.VOCAB}, attention_dropout=0.3, initializer_range=0.3),
+    ],
+    ids=["GPT-2", "Llama"],
+)
+def test_pretrained_dropout_is_off_and_workers_agree(tmp_path: Path, trunk: PretrainedConfig) -> None:
+    """GPT-2 drops a tenth of everything, in modules of its own; Llama's attention passes a number of the config."""
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(trunk).save_pretrained(tmp_path)
+    settings = of_folder(tmp_path)
+    model = build_model(settings, worlds.VOCAB, worlds.EOS, on_cuda=False).train()
+    model.lm.config.save_pretrained(tmp_path / "served")
+    engine = HfEngine(
+        str(tmp_path / "served"), settings.model, SamplingConfig(settings.rollout, 3, worlds.EOS), "cpu"
+    )
+    engine.load(0, ((name, p.detach()) for part, name, p in named_parts(model) if part == "psi"))
+    rng = np.random.default_rng(2)
+    prompts = [Prompt(i, 0, rng.integers(1, worlds.VOCAB, 2 + 3 * i).astype(np.int32)) for i in range(4)]
+    groups = [RolloutGroup(0, i, prompts[i], responses) for i, responses in enumerate(engine.generate(prompts))]
+    batch = pack_groups(groups, 60, worlds.TABLES, version=0)
+    assert batch.groups is not None
+
+    def logprob_N() -> torch.Tensor:
+        _, final_NH = model._trunk(batch)
+        return model.lm.get_output_embeddings()(final_NH, batch.target_RT.flatten())[0].detach()
+
+    found_N = logprob_N()
+    torch.testing.assert_close(logprob_N(), found_N, atol=0, rtol=0)
+    scored_N = batch.groups.predicts_N >= 0
+    torch.testing.assert_close(found_N[scored_N], batch.groups.sampled_logprob_N[scored_N], atol=1e-4, rtol=0)
+
+
+def test_dropout_that_no_config_mentions_is_off_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a rate written into the model's code."""
+    from transformers.models.gpt2 import modeling_gpt2
+
+    class Stubborn(modeling_gpt2.GPT2MLP):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.dropout = nn.Dropout(0.3)
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    monkeypatch.setattr(modeling_gpt2, "GPT2MLP", Stubborn)
+    model = build_model(of_folder(tmp_path), 64, 0, on_cuda=False)
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert len(rates) > 3 and not any(rates)
+    dropouts = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout")
+    assert [getattr(model.lm.config, name) for name in dropouts] == [0.0] * 4

@@ -40,7 +40,7 @@ def load_pretrained_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(name_or_path).expanduser()))
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(name_or_path).expanduser()), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {error}") from None
     if tokenizer.eos_token_id is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,23 @@ def test_a_model_may_have_more_ids_than_its_tokenizer(tokenizer: Any) -> None:
     assert tables.blank_V[-5:].all()
     assert not tables.claim_end_V[-5:].any()
     assert not tables.sentence_end_V[-5:].any()
+
+
+@pytest.mark.parametrize("tokenizer_class", ["OwnTokenizer", "PreTrainedTokenizerFast"])
+def test_code_in_a_tokenizer_folder_is_never_run(
+    tokenizer: Any, tmp_path: Path, tokenizer_class: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"tokenizer_class": tokenizer_class, "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n", encoding="utf-8")
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "y")
+    if tokenizer_class == "OwnTokenizer":
+        with pytest.raises(DataError, match="cannot be loaded"):
+            load_pretrained_tokenizer(str(folder))
+    else:
+        assert len(load_pretrained_tokenizer(str(folder))) == 300
+    assert not questions and not (tmp_path / "was_run").exists()

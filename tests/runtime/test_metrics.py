@@ -1,0 +1,146 @@
+"""What a run writes and shows."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import termios
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from asa_dist.config import MetricsConfig
+from asa_dist.records import Prompt, Response, RolloutGroup
+from asa_dist.runtime.metrics import ProgressLine, RunRecorder
+
+
+def row(step: int, **changes: float) -> dict[str, float]:
+    values = {"loss/total": 1.25, "loss/mle": 2.5, "loss/self_align": -0.125, "trust/tau": 0.5, "trust/beta": 0.4}
+    values |= {"perf/tokens_per_second": 12345.0, "rollout/max_abs_dlogp": 1e-6, "rollout/policy_age_max": 0.0}
+    return {"step": step, **values, **{name.replace("__", "/"): value for name, value in changes.items()}}
+
+
+# --- the progress line --------------------------------------------------------------------------------------------
+def test_plain_lines_come_at_intervals_and_at_the_end() -> None:
+    stream = io.StringIO()
+    line = ProgressLine(5, 0, stream, plain_every_seconds=1e9)
+    for step in range(1, 6):
+        line.show(row(step))
+    line.close()
+    shown = stream.getvalue().splitlines()
+    assert [text.split(" ")[1] for text in shown] == ["1/5", "5/5"]
+    assert shown[0].startswith("step 1/5 loss 1.250 mle 2.500 align -0.125 τ 0.50 β 0.4 12,345 tokens/s ")
+    assert shown[-1].endswith("00:00 left")
+
+
+def test_every_plain_line() -> None:
+    stream = io.StringIO()
+    line = ProgressLine(3, 0, stream, plain_every_seconds=0.0)
+    for step in range(1, 4):
+        line.show(row(step))
+    assert len(stream.getvalue().splitlines()) == 3
+
+
+def test_an_evaluation_is_said_even_before_the_first_step() -> None:
+    stream = io.StringIO()
+    ProgressLine(3, 0, stream).show({"step": 0, "eval/perplexity": 321.456, "eval/bigram_perplexity": 12.0})
+    assert stream.getvalue() == "step 0: held-out perplexity 321.46, bigram model of the same tokens 12.00\n"
+
+
+def test_a_live_line_in_a_terminal() -> None:
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 200))
+    with os.fdopen(side, "w") as stream:
+        line = ProgressLine(3, 0, stream)
+        line.show(row(1))
+        line.say("a message")
+        line.show(row(3))
+        line.close()
+        stream.flush()
+        shown = os.read(main, 65536).decode()
+    os.close(main)
+    assert "\r" in shown and "a message\r\n" in shown
+    assert "3/3" in shown and "100%" in shown and "step 3/3 loss" not in shown
+    assert "loss 1.250 mle 2.500" in shown.rpartition("a message")[2]
+
+
+# --- the files ----------------------------------------------------------------------------------------------------
+def decode(token_ids: Sequence[int]) -> str:
+    return " ".join(map(str, token_ids))
+
+
+def recorder(folder: Path, stream: io.StringIO, **settings: int) -> RunRecorder:
+    return RunRecorder(folder, MetricsConfig(**settings), decode, ProgressLine(1000, 0, stream))
+
+
+def read(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def response(token: int) -> Response:
+    logprob_T = np.zeros(2, np.float32)
+    return Response(np.array([token, 0], np.int32), logprob_T, logprob_T, True, ((0, 4),))
+
+
+def test_what_was_recorded_is_read_back_and_another_recorder_goes_on(tmp_path: Path) -> None:
+    groups = [
+        RolloutGroup(1, place, Prompt(70 + place, 0, np.array([place, 9], np.int32)), (response(5), response(6)))
+        for place in range(3)
+    ]
+    terms = [{"self": torch.tensor([[0.5, 0.25], [1.0, 2.0], [3.0, 4.0]])}]
+    first = recorder(tmp_path, io.StringIO(), sample_groups=2)
+    first.metrics(row(1))
+    first.trained(1, [70, 71, 72])
+    first.samples(1, groups, terms, tau=0.75)
+    assert read(tmp_path, "metrics") == [row(1)], "flushed before it is closed"
+    first.close()
+    second = recorder(tmp_path, io.StringIO())
+    second.metrics(row(2))
+    second.close()
+    assert read(tmp_path, "metrics") == [row(1), row(2)]
+    assert read(tmp_path, "trained") == [{"step": 1, "prompt_ids": [70, 71, 72]}]
+    samples = read(tmp_path, "samples")
+    assert [(sample["prompt_id"], sample["prompt"], sample["tau"]) for sample in samples] == [
+        (70, "0 9", 0.75),
+        (71, "1 9", 0.75),
+    ]
+    assert samples[1]["responses"] == [
+        {"text": "5 0", "finished": True, "version": 4, "self": 1.0},
+        {"text": "6 0", "finished": True, "version": 4, "self": 2.0},
+    ]
+
+
+def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
+    """`NaN` is no JSON: a reader would stop at it."""
+    recording = recorder(tmp_path, io.StringIO())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        recording.metrics(row(1, loss__total=float("nan")))
+    recording.close()
+
+
+# --- trainer against rollout engine -------------------------------------------------------------------------------
+def warned_steps(folder: Path, rows: Sequence[dict[str, float]]) -> list[int]:
+    stream = io.StringIO()
+    recording = recorder(folder, stream)
+    for values in rows:
+        recording.metrics(values)
+    recording.close()
+    warnings = [line for line in stream.getvalue().splitlines() if line.startswith("asa: warning: step ")]
+    assert all("trainer and rollout engine disagree about log-probabilities" in line for line in warnings)
+    assert all("model.dtype" in line and "model.attention" in line for line in warnings)
+    return [int(line.split()[3].rstrip(":")) for line in warnings]
+
+
+def test_on_policy_disagreement_is_said_at_most_every_100_steps(tmp_path: Path) -> None:
+    rows = [row(step, rollout__max_abs_dlogp=0.11 if step >= 3 else 0.09) for step in range(1, 210)]
+    assert warned_steps(tmp_path, rows) == [3, 103, 203]
+
+
+def test_older_weights_may_disagree(tmp_path: Path) -> None:
+    assert warned_steps(tmp_path, [row(1, rollout__max_abs_dlogp=5.0, rollout__policy_age_max=1.0)]) == []
