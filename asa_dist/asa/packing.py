@@ -122,6 +122,19 @@ def _assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """One response behind its prompt."""
+
+    prompt: np.ndarray
+    response: Response
+    claims: list[tuple[int, int]]  # spans of the content; the whole content if it has no claim
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.response.token_ids)
+
+
 def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTables, version: int) -> MicroBatch:
     """Rollout rows alone, as a MicroBatch without corpus rows.
 
@@ -132,93 +145,103 @@ def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTab
     Raises:
         ValueError: groups of unequal size, or a sequence longer than a row.
     """
-    group_size = len(groups[0].responses)
-    pairs = [(group.prompt.token_ids, response) for group in groups for response in group.responses]
-    if any(len(group.responses) != group_size for group in groups):
-        raise ValueError(f"groups of unequal size: {[len(group.responses) for group in groups]}")
-    lengths = [len(prompt) + len(response.token_ids) for prompt, response in pairs]
-    if max(lengths) > row_length:
-        raise ValueError(f"a rollout of {max(lengths)} tokens does not fit a row of {row_length}")
-
-    rows = _assign_rows(lengths, row_length)
-    shape = (len(rows), row_length)
-    marks = {
-        name: np.full(shape, fill, dtype=np.int64)
-        for name, fill in (
-            ("input_ids", 0),
-            ("position_ids", 0),
-            ("segment", -1),
-            ("target", IGNORED),
-            ("predicts", -1),
-            ("response", -1),
-            ("prompt", -1),
-            ("claim", -1),
-        )
-    }
-    behaviour = np.zeros(shape, dtype=np.float32)
-    sampled = np.zeros(shape, dtype=np.float32)
-    claims = [claim_spans(content_of(response), tables.claim_end_V) for _, response in pairs]
-    spans_of = [
-        spans or ([(0, len(content_of(r)))] if len(content_of(r)) else [])
-        for spans, (_, r) in zip(claims, pairs, strict=True)
-    ]
-    first_claim = np.cumsum([0] + [len(spans) for spans in spans_of])
-
-    for row, members in enumerate(rows):
-        offset = 0
-        for segment, index in enumerate(members):
-            prompt, response = pairs[index]
-            begin, end = offset + len(prompt), offset + lengths[index]
-            here = (row, slice(offset, end))
-            marks["input_ids"][here] = np.concatenate([prompt, response.token_ids])
-            marks["position_ids"][here] = np.arange(lengths[index])
-            marks["segment"][here] = segment
-            marks["prompt"][row, offset:begin] = index
-            marks["response"][row, begin:end] = index
-            predicting = (row, slice(begin - 1, end - 1))
-            marks["target"][predicting] = response.token_ids
-            marks["predicts"][predicting] = index
-            behaviour[predicting] = response.behaviour_logprob_T
-            sampled[predicting] = response.logprob_T
-            for number, (start, stop) in enumerate(spans_of[index]):
-                marks["claim"][row, begin + start : begin + stop] = first_claim[index] + number
-            offset = end
-
-    claim_response = np.repeat(np.arange(len(pairs)), [len(spans) for spans in spans_of])
-    contents = [content_of(response) for _, response in pairs]
-    padded = np.zeros((len(pairs), max(1, max(map(len, contents)))), dtype=np.int64)
-    for index, content in enumerate(contents):
-        padded[index, : len(content)] = content
-
-    def per_response(values: Sequence[int | bool]) -> Tensor:
-        return torch.tensor(values).view(len(groups), group_size)
-
-    tensors = GroupTensors(
-        num_groups=len(groups),
-        group_size=group_size,
-        num_claims=len(claim_response),
-        predicts_N=torch.from_numpy(marks["predicts"]).flatten(),
-        response_N=torch.from_numpy(marks["response"]).flatten(),
-        prompt_N=torch.from_numpy(marks["prompt"]).flatten(),
-        claim_N=torch.from_numpy(marks["claim"]).flatten(),
-        claim_response_C=torch.from_numpy(claim_response),
-        behaviour_logprob_N=torch.from_numpy(behaviour).flatten(),
-        sampled_logprob_N=torch.from_numpy(sampled).flatten(),
-        content_PGT=torch.from_numpy(padded).view(len(groups), group_size, -1),
-        content_length_PG=per_response([len(content) for content in contents]),
-        length_PG=per_response([len(response.token_ids) for _, response in pairs]),
-        finished_PG=per_response([response.finished for _, response in pairs]),
-        ends_sentence_PG=per_response([_ends_sentence(response, tables) for _, response in pairs]),
-        prompt_id_P=torch.tensor([group.prompt.prompt_id for group in groups]),
-        age_P=torch.tensor([float(version - group.oldest_version) for group in groups]),
-    )
+    sequences = _sequences_of(groups, row_length, tables)
+    rows = _assign_rows([sequence.num_tokens for sequence in sequences], row_length)
+    marks = _lay_out(sequences, rows, row_length)
     return MicroBatch(
         input_ids_RT=torch.from_numpy(marks["input_ids"]),
         position_ids_RT=torch.from_numpy(marks["position_ids"]),
         segment_RT=torch.from_numpy(marks["segment"]),
         target_RT=torch.from_numpy(marks["target"]),
-        is_corpus_RT=torch.zeros(shape, dtype=torch.bool),
-        groups=tensors,
+        is_corpus_RT=torch.zeros((len(rows), row_length), dtype=torch.bool),
+        groups=_group_tensors(groups, sequences, marks, tables, version),
+    )
+
+
+def _sequences_of(groups: Sequence[RolloutGroup], row_length: int, tables: TextTables) -> list[_Sequence]:
+    sizes = [len(group.responses) for group in groups]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"groups of unequal size: {sizes}")
+    sequences = []
+    for group in groups:
+        for response in group.responses:
+            content = content_of(response)
+            whole = [(0, len(content))] if len(content) else []
+            claims = claim_spans(content, tables.claim_end_V) or whole
+            sequences.append(_Sequence(group.prompt.token_ids, response, claims))
+    longest = max(sequence.num_tokens for sequence in sequences)
+    if longest > row_length:
+        raise ValueError(f"a rollout of {longest} tokens does not fit a row of {row_length}")
+    return sequences
+
+
+def _lay_out(sequences: Sequence[_Sequence], rows: Sequence[Sequence[int]], row_length: int) -> dict[str, np.ndarray]:
+    """Arrays [R, T]: what stands at each position, and what it is for."""
+    fills = {"input_ids": 0, "position_ids": 0, "segment": -1, "target": IGNORED}
+    fills |= {"predicts": -1, "response": -1, "prompt": -1, "claim": -1}
+    shape = (len(rows), row_length)
+    marks = {name: np.full(shape, fill, dtype=np.int64) for name, fill in fills.items()}
+    marks |= {name: np.zeros(shape, dtype=np.float32) for name in ("behaviour_logprob", "sampled_logprob")}
+    first_claim = np.cumsum([0] + [len(sequence.claims) for sequence in sequences])
+    for row, members in enumerate(rows):
+        start = 0
+        for segment, index in enumerate(members):
+            prompt, response = sequences[index].prompt, sequences[index].response
+            begin, end = start + len(prompt), start + sequences[index].num_tokens
+            marks["input_ids"][row, start:end] = np.concatenate([prompt, response.token_ids])
+            marks["position_ids"][row, start:end] = np.arange(end - start)
+            marks["segment"][row, start:end] = segment
+            marks["prompt"][row, start:begin] = index
+            marks["response"][row, begin:end] = index
+            for number, (first, last) in enumerate(sequences[index].claims):
+                marks["claim"][row, begin + first : begin + last] = first_claim[index] + number
+            predicting = (row, slice(begin - 1, end - 1))
+            marks["target"][predicting] = response.token_ids
+            marks["predicts"][predicting] = index
+            marks["behaviour_logprob"][predicting] = response.behaviour_logprob_T
+            marks["sampled_logprob"][predicting] = response.logprob_T
+            start = end
+    return marks
+
+
+def _group_tensors(
+    groups: Sequence[RolloutGroup],
+    sequences: Sequence[_Sequence],
+    marks: dict[str, np.ndarray],
+    tables: TextTables,
+    version: int,
+) -> GroupTensors:
+    responses = [sequence.response for sequence in sequences]
+    contents = [content_of(response) for response in responses]
+    padded = np.zeros((len(contents), max(1, max(map(len, contents)))), dtype=np.int64)
+    for index, content in enumerate(contents):
+        padded[index, : len(content)] = content
+    num_claims = [len(sequence.claims) for sequence in sequences]
+
+    def per_position(name: str) -> Tensor:
+        return torch.from_numpy(marks[name]).flatten()
+
+    def per_response(values: Sequence[int | bool]) -> Tensor:
+        return torch.tensor(values).view(len(groups), -1)
+
+    return GroupTensors(
+        num_groups=len(groups),
+        group_size=len(groups[0].responses),
+        num_claims=sum(num_claims),
+        predicts_N=per_position("predicts"),
+        response_N=per_position("response"),
+        prompt_N=per_position("prompt"),
+        claim_N=per_position("claim"),
+        claim_response_C=torch.from_numpy(np.repeat(np.arange(len(sequences)), num_claims)),
+        behaviour_logprob_N=per_position("behaviour_logprob"),
+        sampled_logprob_N=per_position("sampled_logprob"),
+        content_PGT=torch.from_numpy(padded).view(len(groups), len(groups[0].responses), -1),
+        content_length_PG=per_response([len(content) for content in contents]),
+        length_PG=per_response([len(response.token_ids) for response in responses]),
+        finished_PG=per_response([response.finished for response in responses]),
+        ends_sentence_PG=per_response([_ends_sentence(response, tables) for response in responses]),
+        prompt_id_P=torch.tensor([group.prompt.prompt_id for group in groups]),
+        age_P=torch.tensor([float(version - group.oldest_version) for group in groups]),
     )
 
 
