@@ -19,7 +19,7 @@ BIASED, LATE = "the off-policy correction is biased", "the run ends within the w
 
 
 def config(*overrides: str) -> Config:
-    return load_config(QUICKSTART, overrides)
+    return load_config(QUICKSTART, ["train.steps=1000", *overrides])
 
 
 @pytest.mark.parametrize(

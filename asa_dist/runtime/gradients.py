@@ -52,11 +52,7 @@ def is_partitioned(optimizer: Any) -> bool:
 
 
 def clip_by_part(
-    optimizer: Any,
-    part_of_group: list[str],
-    parts: list[str],
-    max_norm: float,
-    device: torch.device = torch.device("cpu"),  # noqa: B008
+    optimizer: Any, part_of_group: list[str], parts: list[str], max_norm: float, device: torch.device
 ) -> dict[str, float]:
     """Norm of each part's gradient before clipping; scales parts above ``max_norm`` (0 = off) down to it.
 
