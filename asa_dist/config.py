@@ -46,7 +46,7 @@ class ModelConfig(Section):
 
     name_or_path: str | None = Field(None, description="pretrained model folder or hub name; null = from scratch")
     architecture: ArchitectureConfig = Field(ArchitectureConfig(), description="used when name_or_path is null")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype of the trunk; heads and losses are always float32")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; bfloat16 rounds all weights, but heads, rewards and losses are computed in float32")
     attention: Literal["auto", "flash_attention_2", "sdpa"] = Field("auto", description="auto = flash-attn if importable, on CUDA and bfloat16; else SDPA")
     activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
     logprob_chunk_tokens: PositiveInt = Field(1024, description="tokens whose logits exist at the same time")

@@ -303,7 +303,7 @@ def test_dry_run_of_a_pretrained_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"ψ generator: {model.num_parameters():,}\n" in capsys.readouterr().out
     assert main([*arguments, "data.sequence_length=65"]) == 2
     assert capsys.readouterr().err == (
-        f"asa: data.sequence_length = 65: at most 64, the context of model.name_or_path '{folder}'\n")
+        f"asa: model.name_or_path = '{folder}': its context is 64 tokens, data.sequence_length = 65 is longer\n")
 
 
 # --- a rank by itself ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from asa_dist.asa.heads import Evaluator, MetaOptimizer
 from asa_dist.asa.objective import FusedOutput, StepInputs, TokenScores, corpus_loss, fused_loss
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.asa.states import pool_states
-from asa_dist.config import Config, EvaluatorConfig, ModelConfig, ObjectiveConfig
+from asa_dist.config import ArchitectureConfig, Config, EvaluatorConfig, ModelConfig, ObjectiveConfig
 from asa_kernels import token_logprob
 
 PSI, PHI, XI = "psi", "phi", "xi"
@@ -138,60 +138,63 @@ def _restarting_positions(batch: MicroBatch) -> Tensor:
 
 # --- building ---------------------------------------------------------------------------------------------------
 def trunk_config(config: ModelConfig, vocab_size: int, eos_token_id: int, row_tokens: int) -> PretrainedConfig:
-    """The trunk's transformers config.
+    """The trunk's transformers config, from scratch or pretrained, with all dropout off, as rollout workers have it.
 
     Raises:
-        ModelError: a pretrained model that is missing, whose logits are not a plain product with its output weights,
-            whose attention has a window shorter than a row, whose context is too short, or with too few embeddings.
+        ModelError: a pretrained model that is missing, or that trainer and workers would not compute alike.
     """
     if config.name_or_path is None:
-        arch = config.architecture
-        return LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=arch.hidden_size,
-            intermediate_size=arch.intermediate_size,
-            num_hidden_layers=arch.num_layers,
-            num_attention_heads=arch.num_attention_heads,
-            num_key_value_heads=arch.num_key_value_heads,
-            max_position_embeddings=arch.max_position_embeddings,
-            rope_theta=arch.rope_theta,
-            initializer_range=arch.initializer_std,
-            tie_word_embeddings=arch.tie_word_embeddings,
-            bos_token_id=None,
-            eos_token_id=eos_token_id,
-            pad_token_id=None,
-            use_cache=True,
-        )
+        return _llama_config(config.architecture, vocab_size, eos_token_id)
     try:
         loaded = AutoConfig.from_pretrained(Path(config.name_or_path).expanduser(), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name_or_path = {config.name_or_path!r}: {error}") from None
-    for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(loaded, attribute, None) not in (None, 1.0):
-            raise ModelError(
-                f"model.name_or_path = {config.name_or_path!r}: its {attribute} = {getattr(loaded, attribute)} "
-                "changes the logits after the output projection, which the chunked log-probabilities do not compute; "
-                "choose another model"
-            )
-    if (window_tokens := _attention_window(loaded)) < row_tokens:
-        raise ModelError(
-            f"model.name_or_path = {config.name_or_path!r}: its attention sees {window_tokens} tokens back, rows have "
-            f"data.sequence_length = {row_tokens}: the trainer's rows have no such window, rollout workers would; "
-            "choose shorter rows or another model"
-        )
-    context_tokens = getattr(loaded, "max_position_embeddings", None)
-    if context_tokens is not None and row_tokens > context_tokens:
-        raise ModelError(
-            f"data.sequence_length = {row_tokens}: at most {context_tokens}, the context of "
-            f"model.name_or_path {config.name_or_path!r}"
-        )
-    if loaded.vocab_size < vocab_size:
-        raise ModelError(
-            f"model.name_or_path = {config.name_or_path!r} has {loaded.vocab_size} embeddings, "
-            f"the tokenizer {vocab_size} tokens: they do not belong together"
-        )
+    if (problem := _unfit_for_training(loaded, vocab_size, row_tokens)) is not None:
+        raise ModelError(f"model.name_or_path = {config.name_or_path!r}: {problem}")
     _zero_dropout(loaded)
     return loaded
+
+
+def _llama_config(arch: ArchitectureConfig, vocab_size: int, eos_token_id: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=arch.hidden_size,
+        intermediate_size=arch.intermediate_size,
+        num_hidden_layers=arch.num_layers,
+        num_attention_heads=arch.num_attention_heads,
+        num_key_value_heads=arch.num_key_value_heads,
+        max_position_embeddings=arch.max_position_embeddings,
+        rope_theta=arch.rope_theta,
+        initializer_range=arch.initializer_std,
+        tie_word_embeddings=arch.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=None,
+        use_cache=True,
+    )
+
+
+def _unfit_for_training(trunk: PretrainedConfig, vocab_size: int, row_tokens: int) -> str | None:
+    """Why a pretrained trunk cannot be trained here; None if it can."""
+    if getattr(trunk, "vocab_size", None) is None:
+        return f"{type(trunk).__name__} is no plain causal language model"
+    for attribute in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(trunk, attribute, None) not in (None, 1.0):
+            return (
+                f"its {attribute} = {getattr(trunk, attribute)} changes the logits after the output projection, "
+                "which the chunked log-probabilities do not compute; choose another model"
+            )
+    if (window_tokens := _attention_window(trunk)) < row_tokens:
+        return (
+            f"its attention sees {window_tokens} tokens back, rows have data.sequence_length = {row_tokens}: the "
+            "trainer's rows have no such window, rollout workers would; choose shorter rows or another model"
+        )
+    context_tokens = getattr(trunk, "max_position_embeddings", None)
+    if context_tokens is not None and row_tokens > context_tokens:
+        return f"its context is {context_tokens} tokens, data.sequence_length = {row_tokens} is longer"
+    if trunk.vocab_size < vocab_size:
+        return f"it has {trunk.vocab_size} embeddings, the tokenizer {vocab_size} tokens: they do not belong together"
+    return None
 
 
 def _attention_window(trunk: PretrainedConfig) -> float:
