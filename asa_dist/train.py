@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import shutil
 import sys
@@ -129,13 +130,16 @@ def _prepare_together(config: Config, run_dir: Path, placement: Placement) -> No
 
     from asa_dist.runtime.data.errors import DataError
 
+    # reading a large corpus takes longer than any collective may: a group of its own to wait in
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     problem: list[str | None] = [None]
     if placement.rank == 0:
         try:
             prepare_run_folder(config, run_dir)
         except DataError as error:
             problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
+    dist.broadcast_object_list(problem, src=0, group=patient)
+    dist.destroy_process_group(patient)
     if problem[0] is not None:
         raise DataError(problem[0])
 

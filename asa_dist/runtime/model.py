@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from asa_dist.asa.heads import Evaluator, MetaOptimizer
 from asa_dist.asa.objective import FusedOutput, StepInputs, TokenScores, corpus_loss, fused_loss
-from asa_dist.asa.packing import MicroBatch
+from asa_dist.asa.packing import IGNORED, MicroBatch
 from asa_dist.asa.states import pool_states
 from asa_dist.config import ArchitectureConfig, Config, EvaluatorConfig, ModelConfig, ObjectiveConfig
 from asa_kernels import token_logprob
@@ -38,14 +38,22 @@ class TokenLogprobHead(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.temperature = temperature
 
-    def forward(self, hidden_NH: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprob_N with gradient, tempered_logprob_N, entropy_N), float32; 0 where the target is IGNORED."""
+    def forward(self, hidden_NH: Tensor, target_N: Tensor, is_sampled_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprob_N with gradient, tempered_logprob_N, entropy_N), float32; 0 where the target is IGNORED.
+
+        Where nothing was sampled (``is_sampled_N`` False: corpus tokens) the tempered one may be 0 as well.
+        """
         logprob_N, entropy_N = token_logprob(hidden_NH, self.weight, target_N, chunk_tokens=self.chunk_tokens)
         tempered_N = logprob_N.detach()
         if self.temperature != 1.0:
+            sampled_target_N = torch.where(is_sampled_N, target_N, IGNORED)
             with torch.no_grad():
                 tempered_N, _ = token_logprob(
-                    hidden_NH, self.weight, target_N, temperature=self.temperature, chunk_tokens=self.chunk_tokens
+                    hidden_NH,
+                    self.weight,
+                    sampled_target_N,
+                    temperature=self.temperature,
+                    chunk_tokens=self.chunk_tokens,
                 )
         return logprob_N, tempered_N, entropy_N.detach()
 
@@ -78,10 +86,10 @@ class AsaModel(nn.Module):
 
     def forward(self, batch: MicroBatch, inputs: StepInputs) -> FusedOutput:
         """One micro-batch; without groups (evaluation) the corpus loss alone."""
-        middle_NH, final_NH = self._trunk(batch)
-        logprob_N, tempered_N, entropy_N = self.lm.get_output_embeddings()(final_NH, batch.target_RT.flatten())
+        middle_NH, final_NH = self.trunk_states(batch)
+        scores = self.token_scores(batch, final_NH)
         if batch.groups is None:
-            mle = corpus_loss(logprob_N, batch, inputs.counts)
+            mle = corpus_loss(scores.logprob_N, batch, inputs.counts)
             return FusedOutput(mle, {"loss/mle": mle.detach()}, {}, {})
         embedding = self._evaluator_config.embedding
         states = pool_states(middle_NH, final_NH, inputs.center_H, inputs.scale, batch.groups, embedding)
@@ -90,7 +98,7 @@ class AsaModel(nn.Module):
         )
         return fused_loss(
             batch,
-            TokenScores(logprob_N, tempered_N, entropy_N),
+            scores,
             states,
             heads,
             self.meta(inputs.progress_F),
@@ -101,7 +109,12 @@ class AsaModel(nn.Module):
             self._objective_config,
         )
 
-    def _trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def token_scores(self, batch: MicroBatch, final_NH: Tensor) -> TokenScores:
+        """Log-probabilities and entropies of the batch's targets."""
+        head = self.lm.get_output_embeddings()
+        return TokenScores(*head(final_NH, batch.target_RT.flatten(), ~batch.is_corpus_RT.flatten()))
+
+    def trunk_states(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Hidden states (middle_NH, final_NH) of all tokens; segments of a row do not see each other."""
         num_rows, row_length = batch.input_ids_RT.shape
         if self.lm.config._attn_implementation == "flash_attention_2":

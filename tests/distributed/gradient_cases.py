@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from asa_dist.asa.objective import (
-    TokenScores,
     corpus_loss,
     evaluator_loss,
     generator_loss,
@@ -66,8 +65,8 @@ def separate_gradients() -> Gradients:
     settings = tiny.config(stage=0)
     model, batch, inputs = tiny.model(settings), tiny.micro_batches(1, 0, 1)[0], tiny.inputs()
     groups, coefficients = batch.groups, inputs.coefficients
-    middle_NH, final_NH = model._trunk(batch)
-    scores = TokenScores(*model.lm.get_output_embeddings()(final_NH, batch.target_RT.flatten()))
+    middle_NH, final_NH = model.trunk_states(batch)
+    scores = model.token_scores(batch, final_NH)
     states = pool_states(middle_NH, final_NH, inputs.center_H, inputs.scale, groups, "learned")
     heads = model.evaluator(states.evaluator_response_PGH, states.evaluator_claim_CH, groups.content_length_PG > 0)
     scored = score_groups(

@@ -38,8 +38,8 @@ from tests.distributed import tiny
 def logprobs(batch: MicroBatch) -> torch.Tensor:
     model = tiny.model(tiny.config(stage=0, model__tie_word_embeddings=False))
     with torch.no_grad():
-        _, final_NH = model._trunk(batch)
-        return model.lm.get_output_embeddings()(final_NH, batch.target_RT.flatten())[0]
+        _, final_NH = model.trunk_states(batch)
+        return model.token_scores(batch, final_NH).logprob_N
 
 
 def test_packed_rollouts_equal_one_sequence_per_row() -> None:
@@ -169,8 +169,8 @@ def test_pretrained_dropout_is_off_and_workers_agree(tmp_path: Path, trunk: Pret
     assert batch.groups is not None
 
     def logprob_N() -> torch.Tensor:
-        _, final_NH = model._trunk(batch)
-        return model.lm.get_output_embeddings()(final_NH, batch.target_RT.flatten())[0].detach()
+        _, final_NH = model.trunk_states(batch)
+        return model.token_scores(batch, final_NH).logprob_N.detach()
 
     found_N = logprob_N()
     torch.testing.assert_close(logprob_N(), found_N, atol=0, rtol=0)
