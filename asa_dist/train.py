@@ -352,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from asa_dist.rollout.cluster import ClusterError
     from asa_dist.rollout.coordinator import RolloutFailure
     from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.engine import is_lost_peer
     from asa_dist.runtime.model import ModelError
 
     run_dir = options.run_dir or Path("runs") / Path(options.config).stem
@@ -362,6 +363,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BAD_CONFIG
     except (TrainingError, RolloutFailure, ClusterError, TimeoutError) as error:
         print(f"asa: rank {placement.rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        print(f"asa: rank {placement.rank}: lost another rank: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return 0
 

@@ -295,7 +295,11 @@ def test_a_signal_while_ray_starts(start: Start) -> None:
 def test_a_killed_rank_ends_the_run(training: Run) -> None:
     training.find("asa_dist.train", "--local_rank=1").kill()
     assert training.wait() > 0
-    assert "asa: the run failed (a rank was ended by signal 9)" in training.errors
+    # whichever the launcher sees first: the killed rank, or the other one that misses it
+    assert (
+        "asa: the run failed (a rank was ended by signal 9)" in training.errors
+        or "asa: rank 0: lost another rank" in training.errors
+    )
     assert "Traceback" not in training.errors
 
 

@@ -80,6 +80,11 @@ def _rendezvous(placement: Placement, timeout: datetime.timedelta) -> PrefixStor
     return PrefixStore("asa", store)
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone; gloo has no exception class of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def deepspeed_settings(train: TrainConfig, dtype: str, num_ranks: int) -> dict[str, Any]:
     """DeepSpeed's config. Clipping is ours (``gradients.clip_by_part``); losses come divided by global counts."""
     zero: dict[str, Any] = {"stage": train.zero_stage}
