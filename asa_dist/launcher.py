@@ -1,7 +1,7 @@
 """`asa train` on one machine: checks, data, an own Ray, then the deepspeed launcher in a session of its own.
 
-asa train ──┬── Ray's head process (own session; loopback, token)
-            └── deepspeed launcher (own session) ── rank 0 … rank N − 1
+    asa train ──┬── Ray's head process (own session; loopback, token)
+                └── deepspeed launcher (own session) ── rank 0 … rank N − 1
 """
 
 from __future__ import annotations

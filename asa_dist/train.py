@@ -293,7 +293,7 @@ def train(config: Config, run_dir: Path, placement: Placement, ray_address: str 
         client = RolloutClient(
             str(run_dir.resolve()), placement.rank, placement.num_ranks, engine.generator_shapes, config.model.dtype,
             config.rollout.timeout_seconds,
-        )  # fmt: skip
+        )
         loop = _build_loop(config, run_dir, placement, engine, client, recorder, tokenizer)
         loop.run(0, config.train.steps)
         client.wait_published()
@@ -304,7 +304,7 @@ def train(config: Config, run_dir: Path, placement: Placement, ray_address: str 
 def _build_loop(
     config: Config, run_dir: Path, placement: Placement, engine: TrainEngine, client: RolloutClient, recorder: Recorder,
     tokenizer: Any,
-) -> AsaLoop:  # fmt: skip
+) -> AsaLoop:
     """The loop and its collaborators."""
     from asa_dist.asa.loop import AsaLoop
     from asa_dist.asa.trust import AlignmentState
@@ -327,7 +327,7 @@ def _build_loop(
         recorder=recorder,
         learning_rates=lambda step: learning_rates(step, config.train.steps, config.optimizer),
         save=lambda step: save_checkpoint(engine, state, step, run_dir),
-    )  # fmt: skip
+    )
 
 
 def _complain(error: Exception) -> None:

@@ -13,13 +13,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from asa_dist.asa.errors import TrainingError
-from asa_dist.asa.objective import GlobalCounts, StepCoefficients, StepInputs
+from asa_dist.asa.objective import GlobalCounts, StepCoefficients, StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch, TextTables, join, pack_groups
 from asa_dist.asa.trust import AlignmentState, StepSummary
 from asa_dist.config import Config
@@ -31,7 +31,7 @@ class Engine(Protocol):
 
     def train_step(
         self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: dict[str, float]
-    ) -> Any: ...
+    ) -> StepResult: ...
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float: ...
     def sum_over_ranks(self, values: Tensor) -> Tensor: ...
     def max_over_ranks(self, values: Sequence[float]) -> list[float]: ...

@@ -234,11 +234,19 @@ class FusedOutput(NamedTuple):
     """One micro-batch. All but ``loss`` is detached. A tuple, so that ZeRO-3 finds the tensors in it."""
 
     loss: Tensor  # the scalar to differentiate
-    sums: dict[
-        str, Tensor
-    ]  # to be added over micro-batches and ranks; losses are already divided by their global counts
+    sums: dict[str, Tensor]  # to be added over micro-batches and ranks; losses are divided by global counts already
     maxima: dict[str, Tensor]  # to be maximised over micro-batches and ranks
     terms: dict[str, Tensor]  # every reward term of every response, [P, G]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one rank's micro-batches of a step."""
+
+    sums: dict[str, Tensor]
+    maxima: dict[str, Tensor]
+    terms: list[dict[str, Tensor]]  # per micro-batch
+    gradient_norms: dict[str, float]  # by part, before clipping, of the whole model
 
 
 def fused_loss(

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from asa_dist.asa.errors import TrainingError
-from asa_dist.asa.objective import FusedOutput, StepInputs
+from asa_dist.asa.objective import FusedOutput, StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.config import OptimizerConfig, TrainConfig
 from asa_dist.runtime.gradients import clip_by_part
@@ -150,16 +150,6 @@ def learning_rates(step: int, num_steps: int, config: OptimizerConfig) -> dict[s
     """Learning rate of each part at 0-based ``step``."""
     factor = schedule_factor(step, num_steps, config)
     return {PSI: factor * config.lr_psi, PHI: factor * config.lr_phi, XI: factor * config.lr_xi}
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of this rank's micro-batches."""
-
-    sums: dict[str, Tensor]
-    maxima: dict[str, Tensor]
-    terms: list[dict[str, Tensor]]  # per micro-batch
-    gradient_norms: dict[str, float]  # by part, before clipping, of the whole model
 
 
 class TrainEngine:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from asa_dist.asa.loop import AsaLoop
-from asa_dist.asa.objective import StepInputs
+from asa_dist.asa.objective import StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.asa.trust import AlignmentState
 from asa_dist.config import Config
 from asa_dist.records import Prompt, RolloutGroup
 from asa_dist.rollout.engine import SamplingConfig
 from asa_dist.rollout.hf_engine import HfEngine
-from asa_dist.runtime.engine import PARTS, StepResult, parameter_groups
+from asa_dist.runtime.engine import PARTS, parameter_groups
 from asa_dist.runtime.model import PSI, AsaModel, named_parts
 from tests.asa import worlds
 from tests.distributed import tiny
@@ -139,5 +139,5 @@ def local_run(config: Config, folder: Path) -> LocalRun:
         state=AlignmentState(config.evaluator, config.model.architecture.hidden_size),
         engine=LocalEngine(model, config), corpus=LocalCorpus(config), rollouts=rollouts, recorder=recorder,
         learning_rates=lambda step: dict.fromkeys(PARTS, 1e-3), save=saved.append,
-    )  # fmt: skip
+    )
     return LocalRun(loop, rollouts, recorder, saved)

@@ -17,7 +17,7 @@ def config(**evaluator: Any) -> Config:
     return tiny.config(
         0, 1, 2, evaluator={"embedding_size": 16, **evaluator}, train__eval_every_steps=2,
         metrics={"samples_every_steps": 2}, rollout__max_new_tokens=9,
-    )  # fmt: skip
+    )
 
 
 def test_order_of_work(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_order_of_work(tmp_path: Path) -> None:
     assert run.rollouts.calls == [
         ("publish", 0), ("request", 0), ("take", 0), ("publish", 1), ("request", 1), ("take", 1), ("publish", 2),
         ("request", 2), ("take", 2), ("publish", 3),
-    ]  # fmt: skip
+    ]
     assert run.saved == [3]
     assert run.recorder.prompt_ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert run.recorder.sampled_steps == [1, 3]

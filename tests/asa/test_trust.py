@@ -17,7 +17,7 @@ def summary(rng: np.random.Generator, num_pooled: int = 8, valid: int = 2) -> St
         rho_sum=0.4 * valid, num_valid_groups=valid, reward_mean_3=torch.from_numpy(rng.normal(size=3)),
         meta_loss=float(rng.random()), pooled_sum_H=torch.from_numpy(rng.normal(size=HIDDEN) * num_pooled),
         pooled_square_sum=float(rng.random()) * num_pooled, num_pooled=num_pooled,
-    )  # fmt: skip
+    )
 
 
 def test_running_means_weigh_recent_steps_and_have_no_start_up_bias() -> None:
