@@ -108,6 +108,10 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 = off")
     min_p: float = Field(0.0, ge=0.0, lt=1.0, description="keep tokens with p ≥ min_p · max p; 0 = off")
     max_policy_age: int = Field(0, ge=0, le=1024, description="steps a rollout's weights may lag behind; 0 = synchronous")
+    max_queue_bytes: PositiveInt = Field(2**30, description="finished groups that wait for their step; when it is full only the next step's are generated")
+    lease_timeout_seconds: float = Field(300.0, gt=0, description="longest engine call: then its groups go to another worker, and the worker is replaced")
+    heartbeat_timeout_seconds: float = Field(30.0, ge=2.0, description="a worker silent for so long is replaced")
+    max_deaths_in_a_row: PositiveInt = Field(3, description="a worker that dies so often without delivering anything is given up")
     timeout_seconds: float = Field(600.0, gt=0, description="longest wait for rollouts, publishing or a worker's start")
 
 
@@ -167,7 +171,15 @@ class TrainConfig(Section):
     zero_persistence_threshold: int = Field(100_000, ge=0, description="ZeRO-3 keeps parameters below this size gathered")
     offload_optimizer: bool = Field(False, description="optimizer states in host memory (DeepSpeedCPUAdam)")
     eval_every_steps: PositiveInt = Field(1000, description="held-out perplexity before step 1, every N steps and at the end")
+    max_skipped_steps: PositiveInt = Field(5, description="steps in a row with a non-finite loss or gradient that end the run; fewer are skipped")
+    max_wall_time_minutes: float | None = Field(None, gt=0, description="then finish the step, write a checkpoint and leave with exit code 75; null = no limit")
     collective_timeout_seconds: float = Field(600.0, gt=0, description="longest wait in a collective")
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = Field(1000, description="write a checkpoint every N steps, and at the end")
+    keep: PositiveInt = Field(3, description="newest checkpoints that stay")
+    timeout_seconds: float = Field(3600.0, gt=0, description="longest wait of a rank for the others' files")
 
 
 class MetricsConfig(Section):
@@ -185,6 +197,7 @@ class Config(Section):
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
     train: TrainConfig = Field(TrainConfig(), description="process layout and length")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when, how many")
     metrics: MetricsConfig = Field(MetricsConfig(), description="what is written")
 
     @property

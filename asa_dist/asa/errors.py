@@ -1,7 +1,11 @@
-"""The one exception of the maths and the loop."""
+"""The exceptions of the maths and the loop."""
 
 from __future__ import annotations
 
 
 class TrainingError(Exception):
-    """Training cannot go on; raised on every rank alike, before an update is made."""
+    """Training cannot go on; raised on every rank alike."""
+
+
+class RolloutsUnavailable(Exception):
+    """There will be no rollouts for a step; what was trained so far is sound. The message is for the user."""
