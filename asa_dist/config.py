@@ -173,7 +173,7 @@ class TrainConfig(Section):
     eval_every_steps: PositiveInt = Field(1000, description="held-out perplexity before step 1, every N steps and at the end")
     max_skipped_steps: PositiveInt = Field(5, description="steps in a row with a non-finite loss or gradient that end the run; fewer are skipped")
     max_wall_time_minutes: float | None = Field(None, gt=0, description="then finish the step, write a checkpoint and leave with exit code 75; null = no limit")
-    collective_timeout_seconds: float = Field(600.0, gt=0, description="longest wait in a collective")
+    collective_timeout_seconds: float = Field(900.0, gt=0, description="longest wait in a collective")
 
 
 class CheckpointConfig(Section):
@@ -324,6 +324,15 @@ def _rule_devices(config: Config) -> list[Problem]:
     return problems
 
 
+def _rule_deadlines(config: Config) -> list[Problem]:
+    rollout, collective = config.rollout.timeout_seconds, config.train.collective_timeout_seconds
+    if rollout >= collective:
+        return [("rollout.timeout_seconds", rollout,
+                 f"must be below train.collective_timeout_seconds {collective:g}: while one rank waits for rollouts, the "
+                 "others wait for it in a collective")]
+    return []
+
+
 def _rule_raw_embedding(config: Config) -> list[Problem]:
     if config.evaluator.embedding == "raw" and config.objective.embedding_loss_weight > 0:
         return [("objective.embedding_loss_weight", config.objective.embedding_loss_weight,
@@ -339,7 +348,7 @@ def _rule_distinct_principles(config: Config) -> list[Problem]:
 CROSS_FIELD_RULES: tuple[Callable[[Config], list[Problem]], ...] = (
     _rule_one_tokenizer, _rule_pretrained_brings_its_tokenizer, _rule_sources_have_a_location, _rule_files_exist,
     _rule_heads_divide_width, _rule_batches_divide, _rule_leases_divide, _rule_prompt_lengths, _rule_context,
-    _rule_devices, _rule_raw_embedding, _rule_distinct_principles,
+    _rule_devices, _rule_deadlines, _rule_raw_embedding, _rule_distinct_principles,
 )
 
 

@@ -1,4 +1,4 @@
-"""`asa train` on one machine: checks, data, an own Ray, then the deepspeed launcher in a session of its own.
+"""`asa train` and `asa resume` on one machine: checks, data, an own Ray, the deepspeed launcher in an own session.
 
     asa train ──┬── Ray's head process (own session; loopback, token)
                 └── deepspeed launcher (own session) ── rank 0 … rank N − 1
@@ -10,6 +10,7 @@ import base64
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from asa_dist.config import Config, ConfigError
+from asa_dist.resume import latest_step
+from asa_dist.runtime.run_lock import hold_run_folder
+from asa_dist.runtime.stopping import EXIT_ENDED_EARLY, STOP_SIGNALS, ask_to_stop, tell
 
 STOP_GRACE_SECONDS = 40.0  # the deepspeed launcher itself waits 30 s before it kills its ranks
 GPU_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under Windows
@@ -114,46 +118,72 @@ def _visible_gpus() -> list[str]:
     return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
-def run_training(config: Config, run_dir: Path, gpus: GpuAssignment) -> int:
-    """Trains to the end on this machine; ends every process it started.
+def run_training(config: Config, run_dir: Path, gpus: GpuAssignment, *, resume: bool = False) -> int:
+    """Trains on this machine, to the end or until asked to stop; ends every process it started; says how to go on.
 
-    Returns the exit code: 0, that of the rank that failed, or 128 + n after signal n.
+    Args:
+        resume: go on from the newest checkpoint of ``run_dir``, or from the beginning if there is none.
+
+    Returns:
+        the exit code: 0 finished, or stopped as asked; 75 ended early, by `train.max_wall_time_minutes` or a signal
+        to a rank; 128 + n stopped at once by signal n; else that of the rank that failed.
 
     Raises:
-        DataError, ModelError, ClusterError: before any rank starts.
+        ConfigError, DataError, ModelError, ClusterError: before any rank starts.
     """
+    from asa_dist.rank_ray import object_store_bytes
     from asa_dist.rollout.cluster import start_local_ray
-    from asa_dist.train import object_store_bytes, prepare_run_folder
+    from asa_dist.run_folder import prepare_run_folder
 
     num_parameters = count_model(config)["psi"]
-    summary = prepare_run_folder(config, run_dir)
     rollout = config.rollout
-    print(
-        f"run folder {run_dir}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
-        f"vocabulary {summary.vocab_size:,}\n"
-        f"starting Ray, {config.num_ranks} trainer rank(s) and {rollout.workers} rollout worker(s)",
-        flush=True,
-    )
-    with (
-        StopOnSignal() as stop,
-        start_local_ray(
+    with StopOnSignal(run_dir) as stop, hold_run_folder(run_dir) as lock:
+        summary = prepare_run_folder(config, run_dir, resume=resume)
+        print(
+            f"run folder {run_dir}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
+            f"vocabulary {summary.vocab_size:,}\n"
+            f"starting Ray, {config.num_ranks} trainer rank(s) and {rollout.workers} rollout worker(s)",
+            flush=True,
+        )
+        with start_local_ray(
             rollout.workers * rollout.threads_per_worker,
             len(gpus.rollout),
             object_store_bytes(num_parameters, config.model.dtype),
             head_environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus.rollout)},
-        ) as ray,
-    ):
-        environment = os.environ | ray.environment | {"OMP_NUM_THREADS": str(config.train.threads_per_rank)}
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no rank listens outside it
-        if not gpus.train:
-            environment["DS_ACCELERATOR"] = "cpu"
-        code = stop.run(_launcher_command(gpus.train or range(config.num_ranks), run_dir, ray.address), environment)
+        ) as ray:
+            environment = os.environ | ray.environment | {"OMP_NUM_THREADS": str(config.train.threads_per_rank)}
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no rank listens outside it
+            if not gpus.train:
+                environment["DS_ACCELERATOR"] = "cpu"
+            devices = gpus.train or range(config.num_ranks)
+            code = stop.run(_launcher_command(devices, run_dir, ray.address, resume), environment, lock)
+    return report_end(code, stop.killed_by, run_dir, config.train.steps)
+
+
+def report_end(code: int, killed_by: int | None, run_dir: Path, num_steps: int) -> int:
+    """Says how a run ended, and how to go on.
+
+    Args:
+        code: the launcher's exit code, as of `subprocess`.
+        killed_by: the signal that stopped it at once, if one did.
+
+    Returns:
+        the exit code of `asa train`.
+    """
+    step = latest_step(run_dir)
+    where = f"the last checkpoint is that of step {step}" if step is not None else "there is no checkpoint yet"
+    go_on = f"{where}; go on with: asa resume {shlex.quote(str(run_dir))}"
     if code == 0:
-        print(f"finished: {run_dir}", flush=True)
+        is_finished = step is not None and step >= num_steps
+        print(f"finished: {run_dir}" if is_finished else f"stopped; {go_on}", flush=True)
         return 0
-    if stop.received:
-        return 128 + stop.received[0]
-    print(f"asa: the run failed ({_reason(code)}); what is written so far stands in {run_dir}", file=sys.stderr)
+    if code == EXIT_ENDED_EARLY:
+        print(f"ended early; {go_on}", flush=True)
+        return code
+    if killed_by is not None:
+        print(f"asa: stopped at once; {go_on}", file=sys.stderr, flush=True)
+        return 128 + killed_by
+    print(f"asa: the run failed ({_reason(code)}); {go_on}", file=sys.stderr, flush=True)
     return code if code > 0 else 128 - code
 
 
@@ -165,7 +195,7 @@ def _reason(launcher_code: int) -> str:
     return f"exit code {launcher_code}"
 
 
-def _launcher_command(devices: Sequence[int | str], run_dir: Path, ray_address: str) -> list[str]:
+def _launcher_command(devices: Sequence[int | str], run_dir: Path, ray_address: str, resume: bool) -> list[str]:
     """DeepSpeed's launcher of one host: a rank per device; they read the resolved config of the run folder.
 
     `deepspeed` itself, the launcher of several hosts, would only start this one, number GPUs from 0 whatever
@@ -174,21 +204,27 @@ def _launcher_command(devices: Sequence[int | str], run_dir: Path, ray_address: 
     hosts = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
     launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "critical"]
     launch += ["--world_info", hosts, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    train = ["--module", "asa_dist.train", str(run_dir / "config.yaml"), "--run-dir", str(run_dir)]
-    return [*launch, *train, "--ray-address", ray_address]
+    train = ["--module", "asa_dist.train", str(run_dir / "config.yaml"), "--run-dir", str(run_dir), "--prepared"]
+    return [*launch, *train, "--ray-address", ray_address, *(["--resume"] if resume else [])]
 
 
 class StopOnSignal:
-    """The first SIGINT or SIGTERM asks the launcher's session to end, the second kills it."""
+    """What signals to `asa train` do.
 
-    def __init__(self) -> None:
-        self.received: list[int] = []  # signal numbers
+    Before ranks are started, the first one ends it. Then the first one asks the ranks, through the run folder, to
+    finish their step and to write a checkpoint; they never see it, in a session of their own. The second one kills.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.killed_by: int | None = None  # the second signal's number
+        self._run_dir = run_dir
+        self._num_received = 0
         self._is_launching = False
         self._group: int | None = None  # the launcher's process group, while any of it may be alive
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -196,28 +232,43 @@ class StopOnSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+    def run(self, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int]) -> int:
         """Runs the launcher in a session of its own, until nothing of that is left; returns its exit code."""
         self._is_launching = True  # a signal may not raise any more: it would lose a process that has just started
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=pass_fds)
         self._group = launcher.pid
-        if self.received:
-            self._end(signal.SIGTERM)
+        if self.killed_by is not None:
+            self._end(signal.SIGKILL)
         code = launcher.wait()
         deadline = time.monotonic() + STOP_GRACE_SECONDS
         while _is_alive(self._group):  # the launcher leaves after its ranks, unless it was killed
-            self._end(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+            in_time = self.killed_by is None and time.monotonic() < deadline
+            self._end(signal.SIGTERM if in_time else signal.SIGKILL)
             time.sleep(0.2)
         self._group = None
         return code
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.received.append(number)
-        once = len(self.received) == 1
-        print("asa: stopping" + (" (once more to stop at once)" if once else " at once"), file=sys.stderr, flush=True)
+        self._num_received += 1
+        is_first = self._num_received == 1
         if not self._is_launching:
-            raise SystemExit(128 + number)
-        self._end(signal.SIGTERM if once else signal.SIGKILL)
+            if is_first:  # the next one would interrupt the cleaning up
+                tell("stopping")
+                raise SystemExit(128 + number)
+        elif is_first:
+            self._ask(number)
+        else:
+            tell("stopping at once")
+            self.killed_by = number
+            self._end(signal.SIGKILL)
+
+    def _ask(self, number: int) -> None:
+        try:
+            ask_to_stop(self._run_dir, f"asa train ({signal.Signals(number).name})")
+        except OSError as error:
+            tell(f"cannot ask the ranks to stop: {error} (once more to stop at once)")
+        else:
+            tell("stopping: finishing the step and writing a checkpoint (once more to stop at once)")
 
     def _end(self, number: int) -> None:
         if self._group is not None:

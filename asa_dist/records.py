@@ -34,6 +34,10 @@ class Response:
     def oldest_version(self) -> int:
         return min(version for _, version in self.spans)
 
+    @property
+    def nbytes(self) -> int:
+        return self.token_ids.nbytes + self.logprob_T.nbytes + self.behaviour_logprob_T.nbytes
+
 
 @dataclass(frozen=True)
 class RolloutGroup:
@@ -48,6 +52,10 @@ class RolloutGroup:
     def oldest_version(self) -> int:
         return min(response.oldest_version for response in self.responses)
 
+    @property
+    def nbytes(self) -> int:
+        return self.prompt.token_ids.nbytes + sum(response.nbytes for response in self.responses)
+
 
 @dataclass(frozen=True)
 class Lease:
@@ -58,6 +66,23 @@ class Lease:
     first_index: int
     prompts: tuple[Prompt, ...]
     min_version: int  # oldest policy version that may serve it
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """A step that was submitted and not yet taken by all ranks."""
+
+    step: int
+    prompts: tuple[Prompt, ...]  # all P, in order
+    groups: tuple[RolloutGroup, ...]  # finished ones, by ascending index; the other prompts are still to be answered
+
+
+@dataclass(frozen=True)
+class LedgerSnapshot:
+    """Everything about rollouts that a checkpoint holds: size O(open groups), whatever the length of the run."""
+
+    next_step: int  # all steps before it were taken
+    steps: tuple[OpenStep, ...]  # ascending
 
 
 @dataclass(frozen=True)

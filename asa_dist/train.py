@@ -8,27 +8,25 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asa_dist.config import Config, ConfigError, build_config, dump_config, load_config
+from asa_dist.config import Config, ConfigError, build_config, load_config
 
 if TYPE_CHECKING:
-    from asa_dist.asa.loop import AsaLoop, Recorder
-    from asa_dist.records import RolloutGroup
-    from asa_dist.rollout.client import RolloutClient
-    from asa_dist.rollout.cluster import RayHandle
-    from asa_dist.runtime.data.prepare import DataSummary
-    from asa_dist.runtime.data.prompts import PromptStream
+    from asa_dist.asa.loop import AsaLoop
+    from asa_dist.collaborators import PeriodicCheckpoints, RolloutFeed
     from asa_dist.runtime.engine import Placement, TrainEngine
+    from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
+    from asa_dist.runtime.stopping import StopRequests
+    from asa_dist.runtime.watchdog import Watchdog
 
-EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
+EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY = 1, 2, 75  # 75: nothing is wrong, queue me again
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -38,6 +36,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--run-dir", type=Path, help="run folder (default: runs/<config name>), shared by all ranks")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's newest checkpoint, if any")
+    parser.add_argument(
+        "--prepared", action="store_true", help="the run folder is prepared, and held by what starts the ranks"
+    )
     parser.add_argument("--ray-address", help="host:port of a running Ray; without it rank 0 starts one here")
     # the launcher's; we read LOCAL_RANK
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -79,167 +81,6 @@ def adapt_to_launcher(config: Config, num_ranks: int) -> Config:
     return build_config(tree, f"config with the {num_ranks} ranks that the launcher started")
 
 
-class RolloutFeed:
-    """The loop's view of rollouts: rank 0 hands in prompts, every rank takes its groups and publishes its shard."""
-
-    def __init__(self, client: RolloutClient, prompts: PromptStream | None, prompts_per_step: int, engine: TrainEngine):
-        self._client, self._prompts, self._per_step, self._engine = client, prompts, prompts_per_step, engine
-
-    def request(self, step: int) -> None:
-        if self._prompts is not None:
-            ids = range(step * self._per_step, (step + 1) * self._per_step)
-            self._client.submit_prompts(step, [self._prompts.prompt(prompt_id) for prompt_id in ids])
-
-    def take(self, step: int) -> list[RolloutGroup]:
-        return self._client.take(step)
-
-    def publish(self, version: int) -> None:
-        self._client.publish(version, self._engine.generator_shards())
-
-
-def prepare_run_folder(config: Config, run_dir: Path) -> DataSummary:
-    """Data, tokenizer and resolved config in the run folder. Idempotent; one process does it.
-
-    Raises:
-        DataError: content or files that cannot be used, or a run folder that belongs to another run. A run folder
-            made for this call is removed again.
-    """
-    from asa_dist.runtime.data.errors import DataError
-    from asa_dist.runtime.data.prepare import prepare
-
-    is_new = not run_dir.exists()
-    try:
-        if (run_dir / "metrics.jsonl").exists():
-            raise DataError(f"{run_dir} holds a run already: choose another folder with --run-dir")
-        summary = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: print(message, flush=True))
-        partial = run_dir / ".config.yaml.tmp"
-        partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(run_dir / "config.yaml")
-    except (DataError, OSError) as error:
-        if is_new:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise DataError(f"{error.filename or run_dir}: {error.strerror or error}") from None
-        raise
-    return summary
-
-
-def _prepare_together(config: Config, run_dir: Path, placement: Placement) -> None:
-    """Rank 0 prepares the run folder, unless `asa train` has. Raises :class:`DataError` on all ranks if it cannot."""
-    import torch.distributed as dist
-
-    from asa_dist.runtime.data.errors import DataError
-
-    # reading a large corpus takes longer than any collective may: a group of its own to wait in
-    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-    problem: list[str | None] = [None]
-    if placement.rank == 0:
-        try:
-            prepare_run_folder(config, run_dir)
-        except DataError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0, group=patient)
-    dist.destroy_process_group(patient)
-    if problem[0] is not None:
-        raise DataError(problem[0])
-
-
-@contextmanager
-def _joined_ray(config: Config, placement: Placement, address: str | None, num_parameters: int) -> Iterator[None]:
-    """This rank's connection to Ray; without an address rank 0 starts one, tells the others, and ends it."""
-    from asa_dist.rollout.cluster import connect, disconnect
-
-    handle = None
-    if address is None:
-        handle, address, environment = _start_ray_together(config, placement, num_parameters)
-        os.environ.update(environment)
-    try:
-        connect(address)
-        yield
-    finally:
-        disconnect()
-        if handle is not None:
-            handle.stop()
-
-
-def _start_ray_together(
-    config: Config, placement: Placement, num_parameters: int
-) -> tuple[RayHandle | None, str, dict[str, str]]:
-    """(handle on rank 0, address, environment to connect with); what fails on rank 0 is raised on all ranks."""
-    import torch.distributed as dist
-
-    from asa_dist.rollout.cluster import ClusterError, start_local_ray
-
-    launcher_says = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's, deepspeed's
-    if int(launcher_says or placement.num_ranks) != placement.num_ranks:
-        raise ConfigError("ranks on several machines need one Ray across them: start it and pass --ray-address")
-    if config.rollout.gpus_per_worker:
-        raise ConfigError(
-            "rollout.gpus_per_worker: started without `asa train`, the launcher owns the GPUs; "
-            "start Ray with the rollout GPUs and pass --ray-address"
-        )
-    handle = None
-    told: list[tuple[str, dict[str, str], str]] = [("", {}, "")]
-    if placement.rank == 0:
-        num_cpus = config.rollout.workers * config.rollout.threads_per_worker
-        try:
-            handle = start_local_ray(num_cpus, 0, object_store_bytes(num_parameters, config.model.dtype))
-            told = [(handle.address, handle.environment, "")]
-        except ClusterError as error:
-            told = [("", {}, str(error))]
-    dist.broadcast_object_list(told, src=0)
-    address, environment, problem = told[0]
-    if problem:
-        raise ClusterError(problem)
-    return handle, address, environment
-
-
-def object_store_bytes(num_parameters: int, dtype: str) -> int:
-    """Room for four versions of the generator (published, being published, held by workers), and for groups."""
-    bytes_each = 2 if dtype == "bfloat16" else 4
-    return 4 * bytes_each * num_parameters + 256 * 2**20
-
-
-@contextmanager
-def _rollout_actors(config: Config, run_dir: Path, trunk: Any, eos_token_id: int) -> Iterator[None]:
-    """Rank 0: coordinator and workers, as long as the context lasts."""
-    from asa_dist.rollout.cluster import RolloutSystem
-    from asa_dist.rollout.engine import SamplingConfig
-
-    folder = run_dir / "model"
-    trunk.save_pretrained(folder)
-    system = RolloutSystem.start(
-        run_name=str(run_dir.resolve()),
-        config_folder=str(folder.resolve()),
-        model=config.model,
-        sampling=SamplingConfig(config.rollout, config.seed, eos_token_id),
-        groups_per_lease=config.groups_per_lease,
-    )
-    try:
-        yield
-    finally:
-        system.stop()
-
-
-@contextmanager
-def _recorder(config: Config, run_dir: Path, placement: Placement, headline: str, decode: Any) -> Iterator[Recorder]:
-    """Rank 0 writes and shows; the others are silent."""
-    from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
-
-    if placement.rank != 0:
-        yield SilentRecorder()
-        return
-    progress = ProgressLine(config.train.steps, first_step=0)
-    progress.say(headline)
-    for warning in doubtful_settings(config):
-        progress.say(f"asa: warning: {warning}")
-    recorder = RunRecorder(run_dir, config.metrics, decode, progress)
-    try:
-        yield recorder
-    finally:
-        recorder.close()
-
-
 def doubtful_settings(config: Config) -> list[str]:
     """What is allowed, but seldom meant."""
     doubts = []
@@ -266,67 +107,148 @@ def _headline(config: Config, placement: Placement, counts: dict[str, int]) -> s
     return f"{parameters}; {ranks}, device {placement.device.type}; {workers}"
 
 
-def train(config: Config, run_dir: Path, placement: Placement, ray_address: str | None) -> None:
-    """One rank, from the process group to the last checkpoint."""
-    import torch
+@contextmanager
+def _recorder(
+    config: Config, run_dir: Path, rank: int, first_step: int, decode: Any
+) -> Iterator[RunRecorder | SilentRecorder]:
+    """Rank 0 writes and shows, from after ``first_step`` steps on; the others are silent."""
+    from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
+    from asa_dist.runtime.run_log import truncate_logs
 
-    from asa_dist.rollout.client import RolloutClient
-    from asa_dist.runtime.data.prepare import prepare
-    from asa_dist.runtime.data.tokenizer import load_tokenizer
-    from asa_dist.runtime.engine import TrainEngine, join_process_group
-    from asa_dist.runtime.model import build_model, count_parameters
+    if rank != 0:
+        yield SilentRecorder()
+        return
+    truncate_logs(run_dir, first_step)  # what came after will be trained again
+    recorder = RunRecorder(run_dir, config.metrics, decode, ProgressLine(config.train.steps, first_step))
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+
+
+def train(options: argparse.Namespace, config: Config, run_dir: Path, placement: Placement, started: float) -> int:
+    """One rank, from the process group to the last checkpoint.
+
+    Args:
+        started: ``time.monotonic()`` of the process's start.
+
+    Returns:
+        The exit code: 0, or EXIT_ENDED_EARLY.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from asa_dist.run_folder import prepared_together
+    from asa_dist.runtime.engine import describe_lost_peer, is_lost_peer, join_process_group
+    from asa_dist.runtime.stopping import StopRequests
+    from asa_dist.runtime.watchdog import Watchdog
 
     torch.set_num_threads(config.train.threads_per_rank)
-    join_process_group(placement, config.train.collective_timeout_seconds)
-    _prepare_together(config, run_dir, placement)
+    with ExitStack() as parts:
+        stopping = parts.enter_context(
+            StopRequests(run_dir, placement.rank, config.train.max_wall_time_minutes, started)
+        )
+        join_process_group(placement, config.train.collective_timeout_seconds)
+        if not options.prepared:
+            parts.enter_context(prepared_together(config, run_dir, placement.rank, options.resume))
+        watchdog = parts.enter_context(Watchdog(run_dir, placement.rank))
+        try:
+            code = _train_prepared(options, config, run_dir, placement, stopping, watchdog)
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                watchdog.dump(describe_lost_peer(error, placement.rank))
+            raise
+        dist.barrier()  # a launcher ends the other ranks when one leaves with a code: nobody before all are done
+        dist.destroy_process_group()
+    return code
+
+
+def _train_prepared(
+    options: argparse.Namespace, config: Config, run_dir: Path, placement: Placement, stopping: StopRequests,
+    watchdog: Watchdog,
+) -> int:
+    from asa_dist.asa.loop import GO_ON
+    from asa_dist.collaborators import PeriodicCheckpoints, WatchedEngine
+    from asa_dist.rank_ray import joined_ray, rollout_actors, rollout_feed
+    from asa_dist.runtime.checkpoint import Checkpointer
+    from asa_dist.runtime.data.prepare import prepare
+    from asa_dist.runtime.data.tokenizer import load_tokenizer
+    from asa_dist.runtime.model import build_model, count_parameters
+    from asa_dist.runtime.stopping import ENDED_EARLY
+
+    rank = placement.rank
     data = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: None)
     tokenizer = load_tokenizer(run_dir)
     model = build_model(config, data.vocab_size, data.eos_id, placement.device.type == "cuda")
     counts, trunk = count_parameters(model), model.lm.config
     with ExitStack() as parts:
-        parts.enter_context(_joined_ray(config, placement, ray_address, counts["psi"]))
-        engine = TrainEngine(model, config.train, config.optimizer, config.model.dtype, placement)
-        if placement.rank == 0:
-            parts.enter_context(_rollout_actors(config, run_dir, trunk, data.eos_id))
-        headline = _headline(config, placement, counts)
-        recorder = parts.enter_context(_recorder(config, run_dir, placement, headline, tokenizer.decode))
-        client = RolloutClient(
-            str(run_dir.resolve()), placement.rank, placement.num_ranks, engine.generator_shapes, config.model.dtype,
-            config.rollout.timeout_seconds,
+        parts.enter_context(joined_ray(config, placement, options.ray_address, counts["psi"]))
+        engine = WatchedEngine(model, config.train, config.optimizer, config.model.dtype, placement, watchdog)
+        damaged: dict[str, str] = {}
+        checkpointer = Checkpointer(run_dir, config.checkpoint, engine, damaged.__setitem__)
+        loaded = checkpointer.load() if options.resume else None
+        first_step = loaded.step if loaded else 0
+        recorder = parts.enter_context(_recorder(config, run_dir, rank, first_step, tokenizer.decode))
+        _announce(recorder, config, placement, counts, first_step, options.resume, damaged)
+        if rank == 0:
+            parts.enter_context(rollout_actors(config, run_dir, trunk, data.eos_id, recorder.event))
+        feed = parts.enter_context(rollout_feed(config, run_dir, placement, engine, watchdog, recorder.event))
+        checkpoints = PeriodicCheckpoints(
+            checkpointer, config.checkpoint, feed, recorder, stopping, watchdog, first_step
         )
-        loop = _build_loop(config, run_dir, placement, engine, client, recorder, tokenizer)
-        loop.run(0, config.train.steps)
-        client.wait_published()
-        client.close()
-    engine.close()
+        loop = _build_loop(config, run_dir, placement, engine, feed, recorder, checkpoints, stopping, tokenizer)
+        if loaded is not None:
+            loop.load_state_dict(loaded.step, loaded.loop_state)
+            feed.restore(loaded.rollouts, loaded.step)
+        stop = loop.run(config.train.steps)
+        if loop.finished == config.train.steps:
+            recorder.event("finished", step=loop.finished)
+        elif stop != GO_ON:
+            recorder.event("stopped", step=loop.finished, reason=stopping.reason())
+        engine.close()
+    return EXIT_ENDED_EARLY if stop == ENDED_EARLY and loop.finished < config.train.steps else 0
+
+
+def _announce(
+    recorder: RunRecorder | SilentRecorder, config: Config, placement: Placement, counts: dict[str, int],
+    first_step: int, resumed: bool, damaged: dict[str, str],
+) -> None:
+    for name, reason in damaged.items():
+        recorder.say(f"asa: warning: checkpoint {name} is damaged and was not used: {reason}")
+        recorder.event("checkpoint_damaged", name=name, reason=reason)
+    recorder.say(_headline(config, placement, counts))
+    for warning in doubtful_settings(config):
+        recorder.say(f"asa: warning: {warning}")
+    if resumed:
+        recorder.say(f"going on after step {first_step}")
+    layout = {"ranks": placement.num_ranks, "zero_stage": config.train.zero_stage}
+    recorder.event("resumed" if resumed else "started", step=first_step, **layout)
 
 
 def _build_loop(
-    config: Config, run_dir: Path, placement: Placement, engine: TrainEngine, client: RolloutClient, recorder: Recorder,
-    tokenizer: Any,
+    config: Config, run_dir: Path, placement: Placement, engine: TrainEngine, feed: RolloutFeed,
+    recorder: RunRecorder | SilentRecorder, checkpoints: PeriodicCheckpoints, stopping: StopRequests, tokenizer: Any,
 ) -> AsaLoop:
     """The loop and its collaborators."""
     from asa_dist.asa.loop import AsaLoop
     from asa_dist.asa.trust import AlignmentState
-    from asa_dist.runtime.checkpoint import save_checkpoint
     from asa_dist.runtime.data.feed import CorpusFeed
-    from asa_dist.runtime.data.prompts import PromptStream
     from asa_dist.runtime.data.tokenizer import token_tables
     from asa_dist.runtime.engine import learning_rates
 
     rank, num_ranks = placement.rank, placement.num_ranks
     model = engine.engine.module
-    state = AlignmentState(config.evaluator, model.lm.config.hidden_size)
-    prompts = PromptStream(run_dir, config.data, config.rollout, config.seed) if rank == 0 else None
     return AsaLoop(
-        config=config, rank=rank, num_ranks=num_ranks, device=placement.device, state=state, engine=engine,
+        config=config, rank=rank, num_ranks=num_ranks, device=placement.device,
+        state=AlignmentState(config.evaluator, model.lm.config.hidden_size), engine=engine,
         tables=token_tables(tokenizer, model.vocab_size),
         corpus=CorpusFeed(run_dir, config.data, config.train, config.seed, model.vocab_size, rank, num_ranks,
                           engine.sum_over_ranks),
-        rollouts=RolloutFeed(client, prompts, config.rollout.prompts_per_step, engine),
+        rollouts=feed,
         recorder=recorder,
+        checkpoints=checkpoints,
         learning_rates=lambda step: learning_rates(step, config.train.steps, config.optimizer),
-        save=lambda step: save_checkpoint(engine, state, step, run_dir),
+        stop_code=stopping.code,
     )
 
 
@@ -337,7 +259,8 @@ def _complain(error: Exception) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 finished, 1 failed, 2 the config cannot be used."""
+    """Exit code: 0 finished or stopped by `asa train`, 1 failed, 2 the config cannot be used, 75 ended early."""
+    started = time.monotonic()
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -348,28 +271,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _complain(error)
         return EXIT_BAD_CONFIG
-    from asa_dist.asa.errors import TrainingError
+    from asa_dist.asa.errors import RolloutsUnavailable, TrainingError
     from asa_dist.rollout.cluster import ClusterError
     from asa_dist.rollout.coordinator import RolloutFailure
+    from asa_dist.runtime.checkpoint_files import CheckpointError
     from asa_dist.runtime.data.errors import DataError
-    from asa_dist.runtime.engine import is_lost_peer
+    from asa_dist.runtime.engine import describe_lost_peer, is_lost_peer
     from asa_dist.runtime.model import ModelError
 
     run_dir = options.run_dir or Path("runs") / Path(options.config).stem
     try:
-        train(config, run_dir, placement, options.ray_address)
-    except (ConfigError, DataError, ModelError) as error:
+        return train(options, config, run_dir, placement, started)
+    except (ConfigError, DataError, ModelError, CheckpointError) as error:
         _complain(error)
         return EXIT_BAD_CONFIG
-    except (TrainingError, RolloutFailure, ClusterError, TimeoutError) as error:
+    except (TrainingError, RolloutsUnavailable, RolloutFailure, ClusterError, TimeoutError) as error:
         print(f"asa: rank {placement.rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        print(f"asa: rank {placement.rank}: lost another rank: {error}", file=sys.stderr, flush=True)
+        print(f"asa: {describe_lost_peer(error, placement.rank)}", file=sys.stderr, flush=True)
         return EXIT_FAILED
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from asa_dist import __version__
 from asa_dist.cli import main
 from asa_dist.config import ConfigError, load_config
 from asa_dist.launcher import GPU_DRIVER_FILES
+from asa_dist.runtime.run_lock import hold_run_folder
 from asa_dist.train import adapt_to_launcher
+from tests.run_folders import write_checkpoint, write_run, write_trained
 from tests.runtime.data.corpora import documents
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +79,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 # --- help ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [
+    ["--help"], ["train", "--help"], ["resume", "--help"], ["inspect", "--help"], ["--version"]])
 def test_help_is_light(tmp_path: Path, arguments: list[str]) -> None:
     outcome = run(tmp_path, *arguments)
     assert outcome.code == 0 and outcome.stderr == "" and outcome.is_light
@@ -91,6 +94,9 @@ def test_help_is_light(tmp_path: Path, arguments: list[str]) -> None:
     (["train", TINY, "--rank-count", "2"], "unrecognized arguments: --rank-count"),
     (["train", TINY, "--run-dir", "x", "seed"], "unrecognized arguments: seed"),
     (["train", TINY, "--ranks", "two"], "invalid int value: 'two'"),
+    (["resume"], "the following arguments are required: RUN"),
+    (["resume", "run", "--run-dir", "other"], "unrecognized arguments: --run-dir"),
+    (["inspect", "run", "seed=3"], "unrecognized arguments: seed=3"),
 ])
 def test_wrong_usage(tmp_path: Path, arguments: list[str | Path], message: str) -> None:
     outcome = run(tmp_path, *arguments)
@@ -229,8 +235,9 @@ def test_run_folders_that_cannot_be_used(tmp_path: Path, corpus: Path, capfd: py
     (used / "metrics.jsonl").write_text('{"step": 0}\n')
     file.write_text("")
     for run_dir, message in (
-        (used, f"asa: {used} holds a run already: choose another folder with --run-dir\n"),
-        (file, f"asa: {file}/.prepare: Not a directory\n"),
+        (used, f"asa: {used} holds a run already: go on with it by `asa resume {used}`, or choose another folder with "
+         "--run-dir\n"),
+        (file, f"asa: run folder {file}: File exists\n"),
     ):
         assert main(["train", str(TINY), f"data.sources.0.path={corpus}", "--run-dir", str(run_dir)]) == 2
         assert capfd.readouterr().err == message
@@ -304,6 +311,100 @@ def test_dry_run_of_a_pretrained_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*arguments, "data.sequence_length=65"]) == 2
     assert capsys.readouterr().err == (
         f"asa: model.name_or_path = '{folder}': its context is 64 tokens, data.sequence_length = 65 is longer\n")
+
+
+# --- resume and inspect -------------------------------------------------------------------------------------------
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run on 2 ranks that has stopped after step 6 of 10."""
+    folder = tmp_path / "run"
+    config = write_run(folder, "train.ranks=2")
+    write_trained(folder, config, 6)
+    write_checkpoint(folder, 6)
+    return folder
+
+
+@pytest.mark.parametrize(("override", "key", "new"), [
+    ("seed=1", "seed", "1"),
+    ("model.dtype=bfloat16", "model.dtype", "'bfloat16'"),
+    ("model.architecture.num_layers=6", "model.architecture.num_layers", "6"),
+    ("data.sources.0.weight=2.0", "data.sources", "[{"),
+    ("data.tokenizer={path: a/b}", "data.tokenizer.train", "None"),
+    ("rollout.prompts_per_step=8", "rollout.prompts_per_step", "8"),
+    ("rollout.min_prompt_tokens=5", "rollout.min_prompt_tokens", "5"),
+    ("train.corpus_rows_per_step=32", "train.corpus_rows_per_step", "32"),
+    ("evaluator.embedding_size=32", "evaluator.embedding_size", "32"),
+    ("evaluator.principles=[fluency]", "evaluator.principles", "['fluency']"),
+])
+def test_resume_does_not_change_what_the_run_is(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], override: str, key: str, new: str
+) -> None:
+    assert main(["resume", str(run_dir), override]) == 2
+    lines = capsys.readouterr().err.removeprefix("asa: ").splitlines()
+    said = next(line for line in lines if line.startswith(f"{run_dir}/config.yaml: {key} = "))
+    assert f", now {new}" in said and said.endswith(": cannot change in a run: start a new one")
+
+
+def test_resume_refuses_before_anything_heavy(tmp_path: Path, run_dir: Path) -> None:
+    for arguments, message in (
+        (["seed=1", "train.steps=20"], f"asa: {run_dir}/config.yaml: seed = 0, now 1: cannot change in a run: start a "
+         "new one\n"),
+        (["--ranks", "3"], f"asa: {run_dir}/config.yaml: rollout.prompts_per_step = 4: "),
+    ):
+        outcome = run(tmp_path, "resume", run_dir, *arguments)
+        assert outcome.code == 2 and outcome.stderr.startswith(message)
+        assert outcome.is_light and outcome.started_nothing and outcome.stdout == ""
+
+
+@pytest.mark.parametrize(("name", "why"), [("none", "no such folder"), ("cwd", "it has no config.yaml")])
+def test_resume_needs_a_run_folder(tmp_path: Path, name: str, why: str) -> None:
+    outcome = run(tmp_path, "resume", tmp_path / name)
+    assert outcome.code == 2 and outcome.is_light
+    assert outcome.stderr == (
+        f"asa: {tmp_path / name} is no run folder: {why} (`asa train` prints the run folder when it starts)\n")
+
+
+def test_a_finished_run_is_not_started_again(tmp_path: Path, run_dir: Path) -> None:
+    write_checkpoint(run_dir, 10)
+    outcome = run(tmp_path, "resume", run_dir)
+    assert outcome.code == 0 and outcome.is_light and outcome.started_nothing and outcome.stderr == ""
+    assert outcome.stdout == (f"{run_dir} has finished: step 10 of train.steps = 10; to go on longer: asa resume "
+                              f"{run_dir} train.steps=…\n")
+
+
+def test_dry_run_of_resume(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What may change: layout, length, engine, learning rates, how the same weights are computed."""
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    changes = ["train.steps=20", "rollout.workers=2", "rollout.max_policy_age=1", "train.zero_stage=1",
+               "optimizer.lr_psi=1.0e-5", "model.activation_checkpointing=true", "model.logprob_chunk_tokens=7"]
+    assert main(["resume", str(run_dir), *changes, "--dry-run", "--ranks", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("going on after step 6 of 20\n")
+    resolved = printed.partition("\n")[2].partition("\nparameters\n")[0]
+    (run_dir / "resolved.yaml").write_text(resolved, encoding="utf-8")
+    config = load_config(run_dir / "resolved.yaml")
+    (run_dir / "resolved.yaml").unlink()
+    assert config == load_config(run_dir / "config.yaml", [*changes, "train.ranks=4"])
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_dry_run_of_resume_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "new")
+    assert main(["resume", str(tmp_path / "new"), "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("there is no checkpoint yet: starting from the beginning\n")
+
+
+def test_a_run_is_not_resumed_twice_at_a_time(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold_run_folder(run_dir):
+        assert main(["resume", str(run_dir)]) == 2
+    assert capsys.readouterr().err.startswith(f"asa: {run_dir} is in use: process {os.getpid()} on host ")
+
+
+def test_inspect_is_light(tmp_path: Path, run_dir: Path) -> None:
+    outcome = run(tmp_path, "inspect", run_dir)
+    assert outcome.code == 0 and outcome.stderr == ""
+    assert not (HEAVY - {"numpy"}) & outcome.imported
+    assert outcome.stdout.startswith(f"{run_dir}: stopped after step 6 of 10; ")
 
 
 # --- a rank by itself ---------------------------------------------------------------------------------------------

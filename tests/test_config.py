@@ -246,6 +246,7 @@ RULE_CASES: list[tuple[str, list[str], list[str]]] = [  # rule, overrides of the
     ("devices", [*FLASH, "train.gpus=0"], ["model.attention"]),
     ("devices", [*FLASH, "rollout.gpus_per_worker=0"], ["model.attention"]),
     ("devices", ["train.offload_optimizer=true", "train.zero_stage=0"], ["train.offload_optimizer"]),
+    ("deadlines", ["rollout.timeout_seconds=900.0"], ["rollout.timeout_seconds"]),
     ("devices", ["rollout.gpus_per_worker=2"], ["rollout.gpus_per_worker"]),
     ("raw_embedding", ["evaluator.embedding=raw"], ["objective.embedding_loss_weight"]),
     ("distinct_principles", ["evaluator.principles=[fluency, fluency]"], ["evaluator.principles"]),

@@ -1,15 +1,23 @@
-"""Which GPUs train, and which generate; on machines that have none, too."""
+"""Which GPUs train, and which generate, on machines that have none, too; what signals do; how a run's end is told."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from asa_dist import launcher
 from asa_dist.config import Config, ConfigError, load_config
-from asa_dist.launcher import assign_gpus
+from asa_dist.launcher import StopOnSignal, assign_gpus, report_end
+from tests.run_folders import write_checkpoint, write_run
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"
 
@@ -52,3 +60,121 @@ def test_a_run_on_the_cpu_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     show_gpus(monkeypatch, 8, None)
     found = assign_gpus(load_config(QUICKSTART), "x")
     assert not found.train and not found.rollout
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+# In place of the deepspeed launcher and its ranks.
+NOTE_PID = """
+import os, sys, time
+from pathlib import Path
+run_dir = Path(sys.argv[1])
+has_child = {fork}
+if has_child != 0:
+    (run_dir / ".pid").write_text(str(os.getpid()))
+    (run_dir / ".pid").rename(run_dir / "pid")
+"""
+OBEDIENT = NOTE_PID.format(fork="None") + """
+while not (run_dir / "stop").exists():
+    time.sleep(0.02)
+"""
+DEAF_WITH_CHILD = NOTE_PID.format(fork="os.fork()") + """
+time.sleep(600)
+"""
+DEADLINE_SECONDS = 60.0  # for a hang
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.01)
+    return path.read_text()
+
+
+def run_and(run_dir: Path, program: str, meanwhile: Callable[[int], None]) -> tuple[int, int | None]:
+    """(exit code, signal that killed) of a launched program; ``meanwhile`` gets its process id, in a thread."""
+    thread = threading.Thread(target=lambda: meanwhile(int(wait_for(run_dir / "pid"))))
+    thread.start()
+    with StopOnSignal(run_dir) as stop:
+        code = stop.run([sys.executable, "-c", program, str(run_dir)], os.environ, ())
+    thread.join()
+    return code, stop.killed_by
+
+
+def signal_this_process(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_asks(tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals) -> None:
+    assert run_and(tmp_path, OBEDIENT, lambda pid: signal_this_process(number)) == (0, None)
+    assert (tmp_path / "stop").read_text() == f"asa train ({number.name})"
+    assert capfd.readouterr().err == (
+        "asa: stopping: finishing the step and writing a checkpoint (once more to stop at once)\n")
+
+
+def test_the_second_signal_kills_what_is_stopped_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def meanwhile(pid: int) -> None:
+        group = [pid, *(child.pid for child in psutil.Process(pid).children())]
+        for member in group:
+            os.kill(member, signal.SIGSTOP)
+        signal_this_process(signal.SIGINT)
+        wait_for(tmp_path / "stop")
+        assert all(psutil.pid_exists(member) for member in group)
+        signal_this_process(signal.SIGTERM)
+
+    started = time.monotonic()
+    assert run_and(tmp_path, DEAF_WITH_CHILD, meanwhile) == (-signal.SIGKILL, signal.SIGTERM)
+    assert time.monotonic() - started < launcher.STOP_GRACE_SECONDS
+    assert capfd.readouterr().err.splitlines()[-1] == "asa: stopping at once"
+
+
+def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path) -> None:
+    assert run_and(tmp_path, DEAF_WITH_CHILD, lambda pid: os.kill(pid, signal.SIGKILL)) == (-signal.SIGKILL, None)
+
+
+def test_before_anything_is_launched_the_first_signal_ends_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cleaned_up = False
+    with pytest.raises(SystemExit) as ended, StopOnSignal(tmp_path):  # noqa: PT012
+        try:
+            signal_this_process(signal.SIGTERM)
+        finally:
+            signal_this_process(signal.SIGINT)  # of the impatient: does not interrupt this
+            cleaned_up = True
+    assert ended.value.code == 128 + signal.SIGTERM and cleaned_up
+    assert capfd.readouterr().err == "asa: stopping\n" and list(tmp_path.iterdir()) == []
+
+
+# --- the last words -----------------------------------------------------------------------------------------------
+RESUME = "go on with: asa resume {}\n"
+
+
+@pytest.mark.parametrize(("code", "killed_by", "step", "expected", "words"), [
+    (0, None, 10, 0, "finished: {}\n"),
+    (0, signal.SIGINT, 10, 0, "finished: {}\n"),
+    (0, None, 4, 0, "stopped; the last checkpoint is that of step 4; " + RESUME),
+    (0, None, None, 0, "stopped; there is no checkpoint yet; " + RESUME),
+    (75, None, 4, 75, "ended early; the last checkpoint is that of step 4; " + RESUME),
+    (-9, signal.SIGINT, 4, 130, "asa: stopped at once; the last checkpoint is that of step 4; " + RESUME),
+    (-9, signal.SIGTERM, None, 143, "asa: stopped at once; there is no checkpoint yet; " + RESUME),
+    (1, None, 4, 1, "asa: the run failed (exit code 1); the last checkpoint is that of step 4; " + RESUME),
+    (247, None, 4, 247, "asa: the run failed (a rank was ended by signal 9); the last checkpoint is that of step 4; "
+     + RESUME),
+    (-15, None, 4, 143, "asa: the run failed (the launcher was ended by signal 15); the last checkpoint is that of "
+     "step 4; " + RESUME),
+])
+def test_last_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int, killed_by: int | None, step: int | None,
+    expected: int, words: str,
+) -> None:
+    run_dir = tmp_path / "my run"
+    write_run(run_dir)
+    for earlier in range(1, (step or 0) + 1):
+        write_checkpoint(run_dir, earlier)
+    assert report_end(code, killed_by, run_dir, num_steps=10) == expected
+    printed = capfd.readouterr()
+    as_typed = run_dir if words.startswith("finished") else f"'{run_dir}'"
+    assert (printed.err if words.startswith("asa: ") else printed.out) == words.format(as_typed)
+    assert printed.out == "" or printed.err == ""

@@ -5,36 +5,25 @@ All learning rates are 0, so that runs can be compared with each other step by s
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-import xxhash
 
 from asa_dist.config import load_config
 from asa_dist.launcher import free_port
-from tests.runtime.data.corpora import documents
+from asa_dist.runtime.checkpoint_files import list_checkpoints, read_latest, read_manifest, verify
+from tests.real_run import ASA, TINY, Run, Start, runs_of_tiny
 
 pytestmark = [pytest.mark.distributed, pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "tests/tiny.yaml"
-RUN_VARIABLE = "ASA_TEST_RUN"  # marks all processes of one run
-DEADLINE_SECONDS = 200.0  # for a hang, not for a slow machine
 EVAL_KEYS = {"eval/perplexity", "eval/bigram_perplexity"}
 STEP_KEYS = {"step"} | {f"{group}/{name}" for group, names in {
     "tokens": "corpus rollout",
+    "train": "skipped_steps",
     "loss": "total mle self_align meta heads",
     "reward": "self intrinsic logic fact behav used",
     "trust": "tau rho valid_groups",
@@ -49,100 +38,10 @@ STEP_KEYS = {"step"} | {f"{group}/{name}" for group, names in {
 }.items() for name in names.split()}
 
 
-@dataclass
-class Run:
-    """A started run: its process, its files and everything that descends from it."""
-
-    process: subprocess.Popen[bytes]
-    mark: str
-    folder: Path
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / "run"
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        path = self.run_dir / f"{name}.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    @property
-    def steps(self) -> list[dict[str, float]]:
-        """The metrics of the trained steps."""
-        return [row for row in self.rows("metrics") if "loss/total" in row]
-
-    @property
-    def output(self) -> str:
-        return (self.folder / "stdout").read_text(encoding="utf-8")
-
-    @property
-    def errors(self) -> str:
-        return (self.folder / "stderr").read_text(encoding="utf-8")
-
-    def processes(self) -> list[psutil.Process]:
-        """What is alive of this run, daemons of Ray included."""
-        return [process for process in psutil.process_iter(["environ", "status"])
-                if (process.info["environ"] or {}).get(RUN_VARIABLE) == self.mark
-                and process.info["status"] != psutil.STATUS_ZOMBIE]
-
-    def find(self, *words: str) -> psutil.Process:
-        """The one process with these words in its command line."""
-        found = [process for process in self.processes() if all(word in " ".join(process.cmdline()) for word in words)]
-        assert len(found) == 1, found
-        return found[0]
-
-    def wait_until(self, is_so: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not is_so():
-            assert self.process.poll() is None, f"ended early, code {self.process.returncode}: {self.errors}"
-            assert time.monotonic() < deadline, f"never came:\n{self.output}\n{self.errors}"
-            time.sleep(0.05)
-
-    def wait(self) -> int:
-        """The exit code; nothing may be left of the run."""
-        try:
-            code = self.process.wait(DEADLINE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"the run hangs:\n{self.output}\n{self.errors}")
-        _, left = psutil.wait_procs(self.processes(), timeout=15)
-        assert not left, f"left behind: {[' '.join(process.cmdline()) for process in left]}"
-        return code
-
-    def end(self) -> None:
-        """For a test that failed."""
-        for process in self.processes():
-            process.kill()
-        self.process.wait()
-
-
-Start = Callable[..., Run]
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts `MODULE ARGUMENTS… tiny.yaml OVERRIDES… --run-dir …` and gives the :class:`Run`."""
-    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    corpus.write_text("\n\n\n".join(documents(60)), encoding="utf-8")
-    runs: list[Run] = []
-
-    def start(module: list[str], *overrides: str) -> Run:
-        folder, mark = tmp_path_factory.mktemp("run"), uuid.uuid4().hex
-        environment = os.environ | {
-            RUN_VARIABLE: mark, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-        environment.pop("DS_ACCELERATOR", None)  # set for the tests that import deepspeed: users need not know it
-        command = [sys.executable, "-m", *module, str(TINY), f"data.sources.0.path={corpus}", *overrides]
-        with (folder / "stdout").open("wb") as output, (folder / "stderr").open("wb") as errors:
-            process = subprocess.Popen(
-                [*command, "--run-dir", str(folder / "run")], cwd=folder, env=environment, stdout=output, stderr=errors)
-        runs.append(Run(process, mark, folder))
-        return runs[-1]
-
-    yield start
-    for run in runs:
-        run.end()
-
-
-ASA = ["asa_dist.cli", "train"]
+    with runs_of_tiny(tmp_path_factory) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -184,23 +83,19 @@ def test_self_alignment_takes_part(finished: Run) -> None:
 
 def test_run_folder(finished: Run) -> None:
     kept_by_the_run = {"data", "model"}  # the tokenised corpus; the trunk's configuration, for workers
-    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "trained.jsonl", "checkpoints", "tokenizer"}
+    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "trained.jsonl", "events.jsonl", "checkpoints",
+             "tokenizer"}
     assert {path.name for path in finished.run_dir.iterdir()} == names | kept_by_the_run
     corpus = next(finished.folder.parent.glob("corpus*")) / "corpus.txt"
     assert load_config(finished.run_dir / "config.yaml") == load_config(TINY, [f"data.sources.0.path={corpus}"])
 
 
-def test_checkpoint_holds_what_its_manifest_says(finished: Run) -> None:
-    folder = finished.run_dir / "checkpoints"
-    latest = (folder / "latest").read_text(encoding="utf-8").strip()
-    assert {path.name for path in folder.iterdir()} == {"latest", latest}
-    manifest = json.loads((folder / latest / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["step"] == 3
-    found = {str(path.relative_to(folder / latest)): path.read_bytes() for path in (folder / latest).rglob("*")
-             if path.is_file() and path.name != "manifest.json"}
-    assert manifest["files"] == {
-        name: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)} for name, data in found.items()}
-    assert len([name for name in found if name.endswith("optim_states.pt")]) == 2, "one per rank"
+def test_checkpoint(finished: Run) -> None:
+    checkpoint, = list_checkpoints(finished.run_dir)
+    assert checkpoint.name == read_latest(finished.run_dir) and checkpoint.step == 3
+    assert verify(checkpoint.path) == []
+    assert read_manifest(checkpoint.path).num_ranks == 2
+    assert not list(finished.run_dir.rglob("*.pt")), "nothing is pickled"
 
 
 def test_samples_and_trained_prompts(finished: Run) -> None:
@@ -273,39 +168,24 @@ def files_with(text: bytes, folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and text in path.read_bytes()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run(training: Run, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_with_a_checkpoint(training: Run, number: signal.Signals) -> None:
     tokens = {(process.info["environ"] or {}).get("RAY_AUTH_TOKEN") for process in training.processes()} - {None}
+    assert training.process is not None
     training.process.send_signal(number)
-    assert training.wait() == 128 + number
+    assert training.wait() == 0, training.errors
     assert len(tokens) == 1, "the run's processes share one secret"
     assert files_with(tokens.pop().encode(), training.folder) == [], "the secret was written down"
-    assert training.errors.splitlines()[-1] == "asa: stopping (once more to stop at once)"
+    last = training.steps[-1]["step"]
+    assert list_checkpoints(training.run_dir)[0].step == last
+    assert f"stopped after step {last}" in training.output and f"asa resume {training.run_dir}" in training.output
     assert "Traceback" not in training.errors and "finished" not in training.output
 
 
 def test_a_signal_while_ray_starts(start: Start) -> None:
     run = start(ASA, *ENDLESS)
     run.wait_until(lambda: "starting Ray" in run.output and len(run.processes()) > 1)
+    assert run.process is not None
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 128 + signal.SIGTERM
-    assert run.errors == "asa: stopping (once more to stop at once)\n"
-
-
-def test_a_killed_rank_ends_the_run(training: Run) -> None:
-    training.find("asa_dist.train", "--local_rank=1").kill()
-    assert training.wait() > 0
-    # whichever the launcher sees first: the killed rank, or the other one that misses it
-    assert (
-        "asa: the run failed (a rank was ended by signal 9)" in training.errors
-        or "asa: rank 0: lost another rank" in training.errors
-    )
-    assert "Traceback" not in training.errors
-
-
-def test_a_killed_worker_ends_the_run(training: Run) -> None:
-    training.find("ray::RolloutWorker").kill()
-    assert training.wait() == 1
-    assert "worker-0 failed: its process ended" in training.errors
-    assert "asa: the run failed (exit code 1)" in training.errors
-    assert "Traceback" not in training.errors
+    assert "Traceback" not in run.errors

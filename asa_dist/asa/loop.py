@@ -2,9 +2,13 @@
 
     consumes     rollout groups for (step, rank), corpus rows for step
     waits for    ``rollouts.take`` (workers that serve a fresh enough version), collectives
-    unblocks     workers, by publishing version step + 1 and the next steps' prompts
+    unblocks     workers, by publishing version step + 1 and the prompts of step + 1 + max_policy_age
 
-The collaborators are arguments; this file knows no DeepSpeed, no Ray, no files.
+    workers   |  generate s, with version >= s - max_policy_age  |  generate s + 1 ...
+    trainer   |  train s - 1  | publish | train s ...               (one loop: with max_policy_age 0 they take turns)
+
+The collaborators are arguments; this file knows no DeepSpeed, no Ray, no files. Between two steps every rank stands at
+the same place, so there a run is saved, stopped and resumed.
 """
 
 from __future__ import annotations
@@ -12,13 +16,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from asa_dist.asa.errors import TrainingError
+from asa_dist.asa.errors import RolloutsUnavailable, TrainingError
 from asa_dist.asa.objective import GlobalCounts, StepCoefficients, StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch, TextTables, join, pack_groups
 from asa_dist.asa.trust import AlignmentState, StepSummary
@@ -44,10 +48,12 @@ class Corpus(Protocol):
     def train_batches(self, step: int) -> list[MicroBatch]: ...
     def heldout_batches(self) -> list[MicroBatch]: ...
     def bigram_perplexity(self) -> float: ...
+    def state_dict(self) -> dict[str, Tensor]: ...  # a collective; the same on every rank
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 class Rollouts(Protocol):
-    """Where groups come from and weights go to."""
+    """Where groups come from and weights go to. What fails is raised by ``take``, as RolloutsUnavailable."""
 
     def request(self, step: int) -> None: ...
     def take(self, step: int) -> list[RolloutGroup]: ...
@@ -58,13 +64,23 @@ class Recorder(Protocol):
     """Where results go."""
 
     def metrics(self, values: dict[str, float]) -> None: ...
-    def trained(self, step: int, prompt_ids: list[int]) -> None: ...
+    def trained(self, step: int, prompt_ids: list[int], skipped: bool) -> None: ...
+    def skipped(self, step: int, reason: str, prompt_ids: list[int]) -> None: ...
     def samples(
         self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
     ) -> None: ...
 
 
+class Checkpoints(Protocol):
+    """Where a run can go on from. ``save`` is a collective; False: it could not be written, the one before stands."""
+
+    def is_due(self, step: int) -> bool: ...
+    def save(self, step: int, state: dict[str, Tensor]) -> bool: ...
+
+
 LARGEST_EXPONENT = 700.0  # of exp in float64
+GO_ON = 0  # what ``stop_code`` answers if nobody asks the run to stop
+COUNTERS = ("tokens/corpus", "tokens/rollout", "train/skipped_steps")
 
 
 @dataclass
@@ -81,48 +97,77 @@ class AsaLoop:
     corpus: Corpus
     rollouts: Rollouts
     recorder: Recorder
+    checkpoints: Checkpoints
     learning_rates: Callable[[int], dict[str, float]]
-    save: Callable[[int], None]  # writes the checkpoint after so many steps; a collective
-    tokens_corpus: float = 0.0
-    tokens_rollout: float = 0.0
+    stop_code: Callable[[], int]  # GO_ON, or why to stop; the largest of all ranks counts
+    finished: int = 0  # steps; = the policy version
+    counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0.0))  # since the first step
+    skipped_in_a_row: int = 0
 
-    def run(self, first_step: int, num_steps: int) -> None:
-        """Trains steps first_step … num_steps − 1, starting from policy version ``first_step``."""
-        self.rollouts.publish(first_step)
-        lookahead = self.config.rollout.max_policy_age
-        for step in range(first_step, min(num_steps, first_step + lookahead + 1)):
+    def run(self, num_steps: int) -> int:
+        """Trains steps ``finished`` … num_steps − 1; ends early if any rank's ``stop_code`` says so.
+
+        Returns:
+            The largest stop code of all ranks. What was trained is in a checkpoint, also when it raises
+            RolloutsUnavailable.
+
+        Raises:
+            RolloutsUnavailable, TrainingError: on every rank.
+        """
+        stop = self._start(num_steps)
+        try:
+            while self.finished < num_steps and stop == GO_ON:
+                if self.checkpoints.is_due(self.finished):
+                    self._save()
+                stop = self._step(self.finished, num_steps)
+        except RolloutsUnavailable:
+            stop = self._agreed_stop_code()
+            if not self._save() or stop == GO_ON:  # who ends a run may end Ray first
+                raise
+            return stop
+        if not self._save():
+            raise TrainingError(f"the last checkpoint, after {self.finished} steps, could not be written")
+        return stop
+
+    def _start(self, num_steps: int) -> int:
+        """Sets the workers going; the stop code before the first step."""
+        self.rollouts.publish(self.finished)
+        for step in range(self.finished, min(num_steps, self.finished + 1 + self.config.rollout.max_policy_age)):
             self.rollouts.request(step)
-        self.recorder.metrics({"step": first_step, **self._evaluate()})  # while the first rollouts are generated
-        for step in range(first_step, num_steps):
-            values = self._step(step)
-            if step + 1 + lookahead < num_steps:
-                self.rollouts.request(step + 1 + lookahead)
-            if (step + 1) % self.config.train.eval_every_steps == 0 or step + 1 == num_steps:
-                values |= self._evaluate()
-            if step + 1 == num_steps:
-                values["time/checkpoint_seconds"] = self._timed(lambda: self.save(num_steps))
-            self.recorder.metrics(values)
+        if self.finished == 0:
+            self.recorder.metrics({"step": 0, **self._evaluate()})  # while the first rollouts are generated
+        return self._agreed_stop_code()
 
-    def _step(self, step: int) -> dict[str, float]:
+    def _agreed_stop_code(self) -> int:
+        return int(self.engine.max_over_ranks([self.stop_code()])[0])
+
+    def _step(self, step: int, num_steps: int) -> int:
+        """Trains version ``step`` into ``step`` + 1; returns the stop code."""
         started = time.monotonic()
         corpus = self.corpus.train_batches(step)  # while the rollouts are under way
         asked = time.monotonic()
-        groups = self.rollouts.take(step)
+        groups = self._take(step)
         waited_seconds = time.monotonic() - asked
         batches = self._batches(step, corpus, groups)
         counts = self._global_counts(batches)
         inputs = self._inputs(counts)
         rates = self.learning_rates(step)
         result = self.engine.train_step(batches, inputs, rates)
-        publish_seconds = self._timed(lambda: self.rollouts.publish(step + 1))
-        sums, maxima, prompt_ids = self._reduce(result.sums, result.maxima, groups)
-        tau = self.state.tau
+        self.finished = step + 1
+        sums, maxima, prompt_ids, stop = self._reduce(result, groups)
+        publish_seconds = self._timed(lambda: self._unblock_workers(num_steps if stop == GO_ON else self.finished))
+        self._count(counts, result)
+        self.recorder.trained(step + 1, prompt_ids, skipped=bool(result.skipped_because))
+        if result.skipped_because:
+            self._skip(result, prompt_ids)
+            return stop
+        values = self._metrics(sums, counts, inputs) | maxima
         self.state.update(self._summary(sums, counts))
-        self.recorder.trained(step + 1, prompt_ids)
+        values["trust/rho"] = float(self.state.rho)
         if step % self.config.metrics.samples_every_steps == 0:
-            self.recorder.samples(step + 1, groups, result.terms, tau)
+            self.recorder.samples(step + 1, groups, result.terms, inputs.coefficients.tau)
         step_seconds = time.monotonic() - started
-        return self._metrics(step + 1, sums, maxima, counts, inputs) | {
+        values |= {
             **{f"lr/{part}": rate for part, rate in rates.items()},
             **{f"grad_norm/{part}": norm for part, norm in result.gradient_norms.items()},
             "time/step_seconds": step_seconds,
@@ -130,13 +175,82 @@ class AsaLoop:
             "time/publish_seconds": publish_seconds,
             "perf/tokens_per_second": (counts.corpus_tokens + counts.response_tokens) / step_seconds,
         }
+        if (step + 1) % self.config.train.eval_every_steps == 0 or step + 1 == num_steps:
+            values |= self._evaluate()
+        self.recorder.metrics(values)
+        return stop
 
     @staticmethod
-    def _timed(action: Callable[[], None]) -> float:
+    def _timed(action: Callable[[], object]) -> float:
         started = time.monotonic()
         action()
         return time.monotonic() - started
 
+    def _take(self, step: int) -> list[RolloutGroup]:
+        """This rank's groups. Every rank raises if one of them gets none: nothing has been trained of this step."""
+        groups: list[RolloutGroup] = []
+        problem = ""
+        try:
+            groups = self.rollouts.take(step)
+        except RolloutsUnavailable as error:
+            problem = str(error)
+        if any(self.engine.max_over_ranks([bool(problem)])):
+            raise RolloutsUnavailable(problem or f"another rank got no rollouts for step {step + 1}")
+        return groups
+
+    def _unblock_workers(self, num_steps: int) -> None:
+        """Hands them the new version, and the prompts that it may be used for."""
+        if self.finished < num_steps:
+            self.rollouts.publish(self.finished)
+        if (ahead := self.finished + self.config.rollout.max_policy_age) < num_steps:
+            self.rollouts.request(ahead)
+
+    def _count(self, counts: GlobalCounts, result: StepResult) -> None:
+        self.counters["tokens/corpus"] += counts.corpus_tokens
+        self.counters["tokens/rollout"] += counts.response_tokens
+        self.counters["train/skipped_steps"] += bool(result.skipped_because)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped_because else 0
+
+    def _skip(self, result: StepResult, prompt_ids: list[int]) -> None:
+        """Says so; gives up after too many in a row, as the last good update left everything."""
+        self.recorder.skipped(self.finished, result.skipped_because, result.skipped_prompt_ids)
+        self.recorder.metrics({"step": self.finished, **self.counters})
+        if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
+            self._save()
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row, the last one step {self.finished}, were skipped "
+                f"(train.max_skipped_steps). {result.skipped_because}; all prompts of the last one: {prompt_ids}"
+            )
+
+    # --- between two steps --------------------------------------------------------------------------------------
+    def _save(self) -> bool:
+        started = time.monotonic()
+        saved = self.checkpoints.save(self.finished, self.state_dict())
+        seconds = time.monotonic() - started
+        if saved:
+            self.recorder.metrics({"step": self.finished, "time/checkpoint_seconds": seconds})
+        return saved
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next step needs beside the model; the same on every rank. A collective."""
+        return {
+            **{f"alignment.{name}": value for name, value in self.state.state_dict().items()},
+            **{f"corpus.{name}": value for name, value in self.corpus.state_dict().items()},
+            **{f"counters.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.counters.items()},
+        }
+
+    def load_state_dict(self, finished: int, state: dict[str, Tensor]) -> None:
+        """Goes on after ``finished`` steps, with what :meth:`state_dict` gave then."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+        self.finished = finished
+        self.state.load_state_dict(part("alignment"))
+        self.corpus.load_state_dict(part("corpus"))
+        self.counters = {name: float(value) for name, value in part("counters").items()}
+
+    # --- one step -----------------------------------------------------------------------------------------------
     def _batches(
         self, step: int, corpus: Sequence[MicroBatch], groups: Sequence[RolloutGroup]
     ) -> list[MicroBatch]:
@@ -166,27 +280,25 @@ class AsaLoop:
         )
 
     def _reduce(
-        self,
-        sums: dict[str, Tensor],
-        maxima: dict[str, Tensor],
-        groups: Sequence[RolloutGroup],
-    ) -> tuple[dict[str, Tensor], dict[str, float], list[int]]:
-        """Sums and maxima over ranks, and the prompt ids of the whole step: two collectives."""
+        self, result: StepResult, groups: Sequence[RolloutGroup]
+    ) -> tuple[dict[str, Tensor], dict[str, float], list[int], int]:
+        """Sums and maxima over ranks, the prompt ids of the whole step, and the stop code: two collectives."""
         num_prompts = self.config.rollout.prompts_per_step
         prompt_ids = torch.zeros(num_prompts, dtype=torch.float64, device=self.device)  # exact below 2⁵³
         for group in groups:
             prompt_ids[group.index] = group.prompt.prompt_id
-        names = sorted(sums)
-        flat = torch.cat([prompt_ids] + [sums[name].double().flatten() for name in names])
-        sizes = [num_prompts] + [sums[name].numel() for name in names]
-        all_ids, *reduced = self.engine.sum_over_ranks(flat).split(sizes)
-        largest = self.engine.max_over_ranks(
-            [*(float(value) for value in maxima.values()), float(self.engine.peak_memory_bytes())]
+        names = sorted(result.sums)
+        flat = torch.cat([prompt_ids] + [result.sums[name].double().flatten() for name in names])
+        sizes = [num_prompts] + [result.sums[name].numel() for name in names]
+        all_ids, *sums = self.engine.sum_over_ranks(flat).split(sizes)
+        *maxima, peak_bytes, stop = self.engine.max_over_ranks(
+            [*map(float, result.maxima.values()), self.engine.peak_memory_bytes(), self.stop_code()]
         )
         return (
-            dict(zip(names, reduced, strict=True)),
-            dict(zip([*maxima, "memory/peak_bytes"], largest, strict=True)),
+            dict(zip(names, sums, strict=True)),
+            dict(zip(result.maxima, maxima, strict=True)) | {"memory/peak_bytes": peak_bytes},
             [int(prompt_id) for prompt_id in all_ids.tolist()],
+            int(stop),
         )
 
     def _summary(self, sums: dict[str, Tensor], counts: GlobalCounts) -> StepSummary:
@@ -201,23 +313,10 @@ class AsaLoop:
             num_pooled=counts.contentful,
         )
 
-    def _metrics(
-        self,
-        step: int,
-        sums: dict[str, Tensor],
-        maxima: dict[str, float],
-        counts: GlobalCounts,
-        inputs: StepInputs,
-    ) -> dict[str, float]:
+    def _metrics(self, sums: dict[str, Tensor], counts: GlobalCounts, inputs: StepInputs) -> dict[str, float]:
         """Flat metrics: losses as they are, rewards per response, rollout figures per token or response."""
-        self.tokens_corpus += counts.corpus_tokens
-        self.tokens_rollout += counts.response_tokens
         per_token = {"mismatch_kl", "entropy", "importance_mean", "clipped_fraction"}
-        values: dict[str, float] = {
-            "step": step,
-            "tokens/corpus": self.tokens_corpus,
-            "tokens/rollout": self.tokens_rollout,
-        }
+        values: dict[str, float] = {"step": self.finished, **self.counters}
         for name, value in sums.items():
             kind, _, rest = name.partition("/")
             if kind == "loss":
@@ -231,13 +330,11 @@ class AsaLoop:
             elif kind == "rollout":
                 denominator = max(counts.response_tokens, 1.0) if rest in per_token else counts.responses
                 values[name] = float(value) / denominator
-        values |= {
+        return values | {
             "trust/tau": inputs.coefficients.tau,
-            "trust/rho": float(self.state.rho),
             "trust/valid_groups": float(sums["trust/valid_groups"]),
             "trust/beta": inputs.coefficients.beta,
         }
-        return values | maxima
 
     def _evaluate(self) -> dict[str, float]:
         """Held-out perplexity, beside that of a bigram model of the same training tokens."""

@@ -9,7 +9,7 @@ whole batch, however it was split.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -247,6 +247,8 @@ class StepResult:
     maxima: dict[str, Tensor]
     terms: list[dict[str, Tensor]]  # per micro-batch
     gradient_norms: dict[str, float]  # by part, before clipping, of the whole model
+    skipped_because: str = ""  # no update was made: the reason, the same on all ranks; "" = updated
+    skipped_prompt_ids: list[int] = field(default_factory=list)  # whose rewards or losses were not finite, all ranks'
 
 
 def fused_loss(

@@ -5,17 +5,20 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from asa_dist.records import Prompt, RolloutGroup, WeightManifest
-from asa_dist.rollout.calls import RolloutTimeout, wait_for
-from asa_dist.rollout.cluster import COORDINATOR_NAME
+from asa_dist.records import LedgerSnapshot, Prompt, RolloutGroup, WeightManifest
+from asa_dist.rollout.calls import RolloutTimeout, timed_out, wait_for
+from asa_dist.rollout.coordinator import Republish, RolloutFailure
+from asa_dist.rollout.system import COORDINATOR_NAME
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+STATUS_TIMEOUT_SECONDS = 5.0
 
 
 class RolloutClient:
@@ -26,44 +29,67 @@ class RolloutClient:
         names_and_shapes: what is published, in publishing order: ``model.named_parameters()`` of the whole trunk.
         dtype: compute dtype, "float32" or "bfloat16".
         timeout_seconds: deadline of every single wait.
+        on_event: called with ("version_corrupt", {version, reason}), from :meth:`take`.
 
     Every wait raises :class:`RolloutTimeout` after its deadline and :class:`RolloutFailure` if rollouts cannot come.
     """
 
     def __init__(self, run_name: str, rank: int, num_ranks: int, names_and_shapes: Iterable[tuple[str, Sequence[int]]],
-                 dtype: str, timeout_seconds: float) -> None:
+                 dtype: str, timeout_seconds: float, *,
+                 on_event: Callable[[str, dict[str, Any]], None] | None = None) -> None:
         from asa_dist.rollout.weights import ShardBuffer, tensor_specs
 
         self._rank, self._num_ranks = rank, num_ranks
+        self._who = f"rank {rank} of {num_ranks}"
         self._timeout_seconds = timeout_seconds
+        self._on_event = on_event
         self._tensors, self._dtype = tensor_specs(names_and_shapes, num_ranks), dtype
         self._buffer = ShardBuffer(self._tensors, dtype, rank)
-        self._coordinator = _find_coordinator(run_name, timeout_seconds)
+        self._shards: deque[tuple[int, np.ndarray]] = deque(maxlen=2)  # (version, its shard) still in the buffer
+        self._coordinator = self._find_coordinator(run_name)
         self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._publishing: deque[tuple[int, Future[None]]] = deque()  # (version, its offer), oldest first
 
+    # --- rollouts -----------------------------------------------------------------------------------------------
     def submit_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
         """Rank 0: all P prompts of a step, in order."""
-        wait_for(self._coordinator.submit_prompts.remote(step, list(prompts)), self._timeout_seconds,
-                 f"the coordinator to accept the prompts of step {step}")
+        self._wait_for(self._coordinator.submit_prompts.remote(step, list(prompts)),
+                       f"the coordinator to accept the prompts of step {step}")
 
     def take(self, step: int) -> list[RolloutGroup]:
-        """This rank's contiguous share of a step's groups, in order; their arrays are read-only."""
-        groups = self._coordinator.take.remote(step, self._rank, self._num_ranks)
-        try:
-            return wait_for(groups, self._timeout_seconds,
-                            f"the rollouts of step {step} for rank {self._rank} of {self._num_ranks}")
-        except RolloutTimeout as error:
-            state = wait_for(self._coordinator.status.remote(), self._timeout_seconds, "the coordinator's status")
-            raise RolloutTimeout(f"{error}. Coordinator: {state}") from None
+        """This rank's contiguous share of a step's groups, in order; their arrays are read-only.
 
+        Raises what publishing raised meanwhile, too.
+        """
+        while True:
+            self._settle(max_unfinished=len(self._publishing))
+            answer = self._coordinator.take.remote(step, self._rank, self._num_ranks)
+            try:
+                groups = self._wait_for(answer, f"the rollouts of step {step}")
+            except RolloutTimeout as error:
+                raise RolloutTimeout(f"{error}. Coordinator: {self._status()}") from None
+            if not isinstance(groups, Republish):
+                return groups
+            self._publish_again(groups)
+
+    def snapshot(self) -> LedgerSnapshot:
+        """Prompts and finished groups of the steps not yet taken, for a checkpoint."""
+        return self._wait_for(self._coordinator.snapshot.remote(), "the coordinator's snapshot")
+
+    def restore(self, snapshot: LedgerSnapshot, next_step: int) -> None:
+        """Puts a snapshot into a fresh coordinator; steps before ``next_step`` count as taken."""
+        self._wait_for(self._coordinator.restore.remote(snapshot, next_step), "the coordinator to restore a snapshot")
+
+    # --- weights ------------------------------------------------------------------------------------------------
     def publish(self, version: int, pieces: Iterable[Tensor]) -> None:
         """Copies this rank's pieces (see :meth:`ShardBuffer.copy_in`) and returns; the rest happens in a thread.
 
-        Waits only if the version before the last is still being published: its buffer is needed.
+        Waits only if the version before the last is still being published: its buffer is needed. Raises what
+        publishing an earlier version raised.
         """
         self._settle(max_unfinished=1)
         shard = self._buffer.copy_in(version, pieces)
+        self._shards.append((version, shard))
         self._publishing.append((version, self._publisher.submit(self._offer, version, shard)))
 
     def wait_published(self) -> None:
@@ -72,18 +98,31 @@ class RolloutClient:
 
     def close(self) -> None:
         """Ends the publishing thread, after what it is doing; published weights last as long as this process."""
-        self._publisher.shutdown()
+        self._publisher.shutdown(cancel_futures=True)
+
+    def _publish_again(self, corrupt: Republish) -> None:
+        """Hashes and offers a version's shard once more, unless the buffer holds newer ones only.
+
+        Waits for it: no later copy may overwrite the shard meanwhile.
+        """
+        if self._on_event is not None:
+            self._on_event("version_corrupt", {"version": corrupt.version, "reason": corrupt.reason})
+        for version, shard in self._shards:
+            if version == corrupt.version:
+                self._publishing.append((version, self._publisher.submit(self._offer, version, shard)))
+                self._settle(max_unfinished=0)
 
     def _settle(self, max_unfinished: int) -> None:
-        while len(self._publishing) > max_unfinished:
+        """Waits until at most so many offers are unfinished; raises what a finished one raised."""
+        while self._publishing and (len(self._publishing) > max_unfinished or self._publishing[0][1].done()):
             version, offer = self._publishing.popleft()
             try:
                 offer.result(self._timeout_seconds)
             except TimeoutError as error:
                 if isinstance(error, RolloutTimeout):
                     raise
-                raise RolloutTimeout(f"host {socket.gethostname()}: waited {self._timeout_seconds:g} s for rank "
-                                     f"{self._rank}'s shard of version {version} to be published") from None
+                raise RolloutTimeout(timed_out(self._timeout_seconds, self._who,
+                                               f"its shard of version {version} to be published")) from None
 
     def _offer(self, version: int, shard: np.ndarray) -> None:
         """Publisher thread: hash, put, offer. A failure also ends the waits of all ranks."""
@@ -93,22 +132,34 @@ class RolloutClient:
 
         try:
             part = WeightManifest(version, self._dtype, self._tensors, (shard_record(self._rank, shard),))
-            wait_for(self._coordinator.offer_shard.remote(part, self._num_ranks, [ray.put(shard)]),
-                     self._timeout_seconds, f"the coordinator to accept rank {self._rank}'s shard of version {version}")
+            self._wait_for(self._coordinator.offer_shard.remote(part, self._num_ranks, [ray.put(shard)]),
+                           f"the coordinator to accept its shard of version {version}")
         except Exception as error:
-            self._coordinator.fail.remote(f"rank {self._rank}'s publisher", f"version {version}: {error}")
-            raise
+            message = f"version {version} was not published: {type(error).__name__}: {error}"
+            self._coordinator.fail.remote(f"{self._who}, host {socket.gethostname()}", message)
+            if isinstance(error, RolloutFailure | RolloutTimeout):
+                raise
+            raise RolloutFailure(f"{self._who}, host {socket.gethostname()}: {message}") from error
 
+    # --- waits --------------------------------------------------------------------------------------------------
+    def _wait_for(self, reference: Any, what: str) -> Any:
+        return wait_for(reference, self._timeout_seconds, self._who, what)
 
-def _find_coordinator(run_name: str, timeout_seconds: float) -> Any:
-    import ray
-
-    deadline = time.monotonic() + timeout_seconds
-    while True:
+    def _status(self) -> str:
         try:
-            return ray.get_actor(COORDINATOR_NAME, namespace=run_name)
-        except ValueError:  # not there (yet)
-            if time.monotonic() > deadline:
-                raise RolloutTimeout(f"host {socket.gethostname()}: waited {timeout_seconds:g} s for the coordinator "
-                                     f"of run {run_name!r}; is its RolloutSystem started?") from None
-            time.sleep(0.1)
+            return wait_for(self._coordinator.status.remote(), STATUS_TIMEOUT_SECONDS, self._who, "its status")
+        except (RolloutFailure, RolloutTimeout):
+            return "does not answer"
+
+    def _find_coordinator(self, run_name: str) -> Any:
+        import ray
+
+        deadline_seconds = time.monotonic() + self._timeout_seconds
+        while True:
+            try:
+                return ray.get_actor(COORDINATOR_NAME, namespace=run_name)
+            except ValueError:  # not there (yet)
+                if time.monotonic() > deadline_seconds:
+                    what = f"the coordinator of run {run_name!r}; is its RolloutSystem started?"
+                    raise RolloutTimeout(timed_out(self._timeout_seconds, self._who, what)) from None
+                time.sleep(0.1)

@@ -1,9 +1,9 @@
-"""Starting and ending what rollouts run on: a local Ray, the connection to any Ray, the actors of a run.
+"""Starting and ending what rollouts run on: a local Ray, and the connection to any Ray.
 
     asa train ── start_local_ray ──► ray_head (own session) ──► Ray's processes
         │ environment of the handle
         └──► trainer ranks: connect(address), then a RolloutClient each
-                 └──► rank 0: RolloutSystem.start ──► Coordinator, RolloutWorker × rollout.workers
+                 └──► rank 0: RolloutSystem, the actors of the run
 """
 
 from __future__ import annotations
@@ -26,13 +26,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from asa_dist.config import ModelConfig
-from asa_dist.rollout.calls import RolloutTimeout, wait_for
-from asa_dist.rollout.coordinator import Coordinator, RolloutFailure
-from asa_dist.rollout.engine import SamplingConfig
-from asa_dist.rollout.worker import RolloutWorker
-
-COORDINATOR_NAME = "coordinator"  # within the run's namespace
 STOP_GRACE_SECONDS = 10.0
 CONNECT_TIMEOUT_SECONDS = 10.0
 # Ray replaces 127.0.0.1 by the host's outside address and listens on all interfaces, unless it believes that it is on
@@ -94,6 +87,7 @@ def start_local_ray(num_cpus: int, num_gpus: int, object_store_bytes: int, temp_
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
         LOOPBACK_SWITCH: "0",
         "RAY_worker_niceness": "0",  # Ray's 15 would let the trainer starve the actors it waits for
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # an answer nobody waits for any more is no news
     }
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_bytes": object_store_bytes,
                "temp_dir": str(folder.resolve()), "remove_temp_dir": temp_dir is None}
@@ -198,73 +192,3 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
-
-
-class RolloutSystem:
-    """The actors of one run: a coordinator, found by the trainer ranks under the run's name, and the workers.
-
-    They belong to the process that starts them, and end with it.
-    """
-
-    def __init__(self, coordinator: Any, workers: dict[str, Any], timeout_seconds: float) -> None:
-        self._coordinator = coordinator
-        self._workers = workers
-        self._timeout_seconds = timeout_seconds
-        self._worker_of_run = {worker.run.remote(): worker_id for worker_id, worker in workers.items()}
-        self._stopping = threading.Event()
-        self._watcher = threading.Thread(target=self._report_deaths, name="rollout-deaths", daemon=True)
-        self._watcher.start()
-
-    @classmethod
-    def start(cls, run_name: str, config_folder: str, model: ModelConfig, sampling: SamplingConfig,
-              groups_per_lease: int) -> RolloutSystem:
-        """Creates the actors and returns at once; what goes wrong in them is raised by :meth:`RolloutClient.take`.
-
-        Args:
-            run_name: the Ray namespace of the run.
-            config_folder: folder with the model's transformers ``config.json``, readable on all workers' hosts.
-
-        Raises:
-            ClusterError: this Ray has too few CPUs or GPUs for the workers.
-        """
-        import ray
-
-        rollout = sampling.rollout
-        total = ray.cluster_resources()
-        for resource, per_worker in (("CPU", rollout.threads_per_worker), ("GPU", rollout.gpus_per_worker)):
-            if rollout.workers * per_worker > total.get(resource, 0):
-                raise ClusterError(f"{rollout.workers} rollout workers x {per_worker} {resource} need more than the "
-                                   f"{total.get(resource, 0):g} {resource} that Ray has: lower rollout.workers")
-        coordinator = ray.remote(Coordinator).options(
-            name=COORDINATOR_NAME, namespace=run_name, num_cpus=0).remote(rollout, groups_per_lease)
-        worker_class = ray.remote(RolloutWorker).options(
-            num_cpus=rollout.threads_per_worker, num_gpus=rollout.gpus_per_worker)
-        ids = [f"worker-{index}" for index in range(rollout.workers)]
-        workers = {i: worker_class.remote(i, coordinator, config_folder, model, sampling) for i in ids}
-        return cls(coordinator, workers, rollout.timeout_seconds)
-
-    def stop(self) -> None:
-        """Lets idle workers end by themselves, ends the others after a short grace, then the coordinator."""
-        import ray
-
-        self._stopping.set()
-        self._watcher.join()
-        with contextlib.suppress(RolloutFailure, RolloutTimeout):  # it is gone or stuck: all are ended below anyway
-            wait_for(self._coordinator.stop.remote(), self._timeout_seconds, "the coordinator to stop")
-        ray.wait(list(self._worker_of_run), num_returns=len(self._worker_of_run), timeout=STOP_GRACE_SECONDS)
-        for actor in (*self._workers.values(), self._coordinator):
-            ray.kill(actor)
-
-    def _report_deaths(self) -> None:
-        """Thread: a worker process that dies without a word (out of memory, a signal) is reported as failed."""
-        import ray
-
-        running = dict(self._worker_of_run)
-        while running and not self._stopping.is_set():
-            ended, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
-            for run in ended:
-                worker_id = running.pop(run)
-                try:
-                    ray.get(run)
-                except ray.exceptions.RayError as error:
-                    self._coordinator.fail.remote(worker_id, f"its process ended: {error}")

@@ -1,16 +1,21 @@
-"""The coordinator: which weights are complete, which groups wait for whom.
+"""The coordinator: brings together weights, prompts, the workers that answer them and the ranks that train on them.
 
-A plain asyncio class; `cluster` makes it a Ray actor.
+A plain asyncio class; `system` makes it a Ray actor. Here is who waits for what; `ledger` knows where every prompt is,
+`versions` which weights can be served.
 
     trainer rank                      Coordinator                              RolloutWorker
     submit_prompts(step) ──────────► waiting bundles ── lease(served version) ──────► generate
     offer_shard(part, ref) ────────► newest complete version ── LoadOrder ──────────► load
     take(step, rank) ◄────────────── finished groups ◄──────────── deliver(lease, groups)
+         │ Republish(version) ◄───── a corrupt version is forgotten ◄── reject_version(version)
+    supervisor
+    overdue() ◄───────────────────── deadlines of leases and heartbeats ◄── heartbeat(phase)
 
     method            waits for                                        unblocked by
-    lease             a newer complete version, or work this worker    offer_shard, submit_prompts, release, stop
-                      may do (served version ≥ min_version)
-    take              this rank's slice of the step                    deliver, fail, stop
+    lease             a newer complete version, or work this worker    offer_shard, submit_prompts, restore, stop,
+                      may do (served version ≥ min_version)            release, overdue, a refused delivery, take
+    take              this rank's slice of the step, or a version      deliver, reject_version, fail, stop
+                      to publish again
     all others        nothing
 
 Version v = the weights after v steps. A group for step s may be sampled by versions ≥ s − max_policy_age: *admission*,
@@ -20,76 +25,73 @@ so that no finished group is ever thrown away for being stale.
 from __future__ import annotations
 
 import asyncio
-import heapq
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from asa_dist.config import RolloutConfig
-from asa_dist.records import Lease, Prompt, RolloutGroup, ShardRecord, WeightManifest
-from asa_dist.rollout.engine import NO_VERSION
+from asa_dist.records import Lease, LedgerSnapshot, Prompt, RolloutGroup, WeightManifest
+from asa_dist.rollout.ledger import Ledger
+from asa_dist.rollout.ledger import Refusal as Refusal
+from asa_dist.rollout.versions import LoadOrder as LoadOrder
+from asa_dist.rollout.versions import Republish as Republish
+from asa_dist.rollout.versions import Versions
+
+MAX_REJECTIONS = 3  # of one version: whatever corrupts it, publishing it again does not help
+LONGEST_UNWATCHED_SECONDS = 1.0  # counted between two calls of overdue()
 
 
 class RolloutFailure(Exception):
     """Rollouts will not come: a worker failed, or the coordinator was stopped. The message is for the user."""
 
 
-@dataclass(frozen=True)
-class LoadOrder:
-    """Answer to :meth:`Coordinator.lease`: load this version, then ask again."""
-
-    manifest: WeightManifest
-    shard_refs: tuple[Any, ...]  # object references of the shards, in rank order
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Answer to :meth:`Coordinator.deliver`: the groups were not taken."""
-
-    reason: str
-    late: bool  # the lease is no longer this worker's: it may forget the groups and go on
-
-
 @dataclass
-class _Step:
-    prompts: tuple[Prompt, ...]
-    groups: dict[int, RolloutGroup] = field(default_factory=dict)  # by index
-    ranks_served: set[int] = field(default_factory=set)
+class _Heartbeat:
+    phase: str
+    time: float  # seconds, on the watched clock
+    timeout_seconds: float  # until the next one
 
 
-@dataclass
-class _PartialVersion:
-    """A version of which some ranks' shards have arrived."""
+class _WatchedClock:
+    """Seconds that pass only while deadlines are watched: at most one between two calls of :meth:`watch`.
 
-    contents: WeightManifest  # without shards: what all ranks must agree on
-    num_ranks: int
-    shards: dict[int, tuple[ShardRecord, Any]] = field(default_factory=dict)  # by rank
+    A process that was stopped (SIGSTOP, a suspended machine) wakes up with every deadline passed, though nobody had a
+    chance to be heard. On this clock its pause did not take place.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._watched_at = clock()
+        self._seconds = 0.0  # at that time
+
+    def __call__(self) -> float:
+        return self._seconds + min(self._clock() - self._watched_at, LONGEST_UNWATCHED_SECONDS)
+
+    def watch(self) -> None:
+        self._seconds, self._watched_at = self(), self._clock()
 
 
 class Coordinator:
     """See the module. Every method is a coroutine of one event loop; nothing here blocks or computes for long.
 
     Args:
-        rollout: ``max_policy_age`` and ``responses_per_prompt`` are used.
+        rollout: what :class:`Ledger` uses, ``heartbeat_timeout_seconds`` and ``timeout_seconds``.
         groups_per_lease: consecutive groups of one step in one engine call.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, rollout: RolloutConfig, groups_per_lease: int) -> None:
+    def __init__(self, rollout: RolloutConfig, groups_per_lease: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self._rollout = rollout
-        self._groups_per_lease = groups_per_lease
+        self._clock = _WatchedClock(clock)
+        self._ledger = Ledger(rollout, groups_per_lease, self._clock)
+        self._versions = Versions()
         self._changed = asyncio.Condition()
-        self._newest = NO_VERSION
-        self._load_order: LoadOrder | None = None  # of the newest complete version
-        self._partial: dict[int, _PartialVersion] = {}  # by version
-        self._steps: dict[int, _Step] = {}  # submitted, not yet taken by all ranks
-        self._last_taken_step = -1
-        self._waiting: list[tuple[int, int]] = []  # heap of bundles to lease: (step, first index)
-        self._leases: dict[int, tuple[str, Lease]] = {}  # by lease id: (worker id, lease)
-        self._next_lease_id = 0
-        self._released: set[str] = set()  # ids of dead workers
+        self._heartbeats: dict[str, _Heartbeat] = {}  # the last one, by worker id
+        self._dismissed: dict[str, str] = {}  # why, by worker id
+        self._delivered: Counter[str] = Counter()  # leases, by worker id
         self._failure: str | None = None
         self._stopped = False
 
@@ -104,21 +106,18 @@ class Coordinator:
         Raises:
             ValueError: the ranks disagree about what the version contains.
         """
-        (record,), (ref,) = part.shards, shard_refs
-        if part.version <= self._newest:
-            return
-        contents = replace(part, shards=())
-        partial = self._partial.setdefault(part.version, _PartialVersion(contents, num_ranks))
-        if (contents, num_ranks) != (partial.contents, partial.num_ranks):
-            raise ValueError(f"version {part.version}: rank {record.rank} of {num_ranks} published other tensors, "
-                             f"shapes or dtype than ranks {sorted(partial.shards)} of {partial.num_ranks}")
-        partial.shards[record.rank] = (record, ref)
-        if len(partial.shards) == num_ranks:
-            records, refs = zip(*(partial.shards[rank] for rank in range(num_ranks)), strict=True)
-            self._load_order = LoadOrder(replace(contents, shards=records), refs)
-            self._newest = part.version
-            self._partial = {version: p for version, p in self._partial.items() if version > part.version}
+        if self._versions.offer(part, num_ranks, shard_refs):
             await self._notify()
+
+    async def reject_version(self, worker_id: str, version: int, reason: str) -> None:
+        """A worker found a corrupt shard: the version is served to nobody until every rank has offered it again.
+
+        Nothing happens if a newer version is complete. Rejected :data:`MAX_REJECTIONS` times, it is a failure.
+        """
+        times = self._versions.reject(worker_id, version, reason)
+        if times >= MAX_REJECTIONS:
+            await self.fail(worker_id, f"version {version} arrived corrupt {times} times, at last: {reason}")
+        await self._notify()
 
     # --- work ---------------------------------------------------------------------------------------------------
     async def submit_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
@@ -127,87 +126,114 @@ class Coordinator:
         Raises:
             ValueError: the step was submitted before with other prompts.
         """
-        if step <= self._last_taken_step:
-            return
-        if known := self._steps.get(step):
-            if [_identity(p) for p in known.prompts] != [_identity(p) for p in prompts]:
-                raise ValueError(f"step {step} was submitted twice, with different prompts")
-            return
-        self._steps[step] = _Step(tuple(prompts))
-        for first_index in range(0, len(prompts), self._groups_per_lease):
-            heapq.heappush(self._waiting, (step, first_index))
+        self._ledger.submit(step, prompts)
         await self._notify()
 
     async def lease(self, worker_id: str, served_version: int) -> Lease | LoadOrder | None:
-        """The next thing for a worker to do: newer weights before work, work in order, or None = stop."""
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._dismissed(worker_id) or served_version < self._newest or self._may_lease(served_version))
-            if self._dismissed(worker_id):
-                return None
-            if served_version < self._newest:
-                return self._load_order
-            step, first_index = heapq.heappop(self._waiting)
-            prompts = self._steps[step].prompts[first_index:first_index + self._groups_per_lease]
-            lease = Lease(self._next_lease_id, step, first_index, prompts, self._min_version(step))
-            self._leases[lease.lease_id] = (worker_id, lease)
-            self._next_lease_id += 1
-            return lease
+        """The next thing for a worker to do: newer weights before work, work in order, or None = stop.
 
-    async def deliver(self, worker_id: str, lease_id: int, groups: Sequence[RolloutGroup]) -> Refusal | None:
-        """A lease's finished groups, in order. A refusal for what they contain leaves the lease with the worker."""
-        holder, lease = self._leases.get(lease_id, (None, None))
-        if lease is None or holder != worker_id:
-            return Refusal(f"lease {lease_id} is not held by {worker_id}: unknown, or reissued", late=True)
-        if (problem := self._problem(lease, groups)) is not None:
-            return Refusal(f"lease {lease_id} (step {lease.step}) of {worker_id}: {problem}", late=False)
-        del self._leases[lease_id]
-        self._steps[lease.step].groups.update({group.index: group for group in groups})
-        await self._notify()
+        A lease not delivered within ``lease_timeout_seconds`` goes to another worker; see :meth:`overdue`.
+        """
+        async with self._changed:
+            while not (self._stopped or worker_id in self._dismissed):
+                task = (self._versions.order_for(worker_id, served_version)
+                        or self._ledger.lease(worker_id, served_version))
+                if task is not None:
+                    return task
+                await self._changed.wait()
         return None
 
-    async def take(self, step: int, rank: int, num_ranks: int) -> list[RolloutGroup]:
+    async def deliver(self, worker_id: str, lease_id: int, groups: Sequence[RolloutGroup]) -> Refusal | None:
+        """A lease's finished groups, in order. Once refused, they are no longer this worker's."""
+        refusal = self._ledger.deliver(worker_id, lease_id, groups)
+        if refusal is None:
+            self._delivered[worker_id] += 1
+        await self._notify()
+        return refusal
+
+    async def take(self, step: int, rank: int, num_ranks: int) -> list[RolloutGroup] | Republish:
         """Rank's contiguous slice [rank·P/num_ranks, (rank+1)·P/num_ranks) of a step, in order.
 
-        Once all ranks have theirs, the step is forgotten.
+        Once all ranks have theirs, the step is forgotten. After a rejected version the answer is, once for every
+        rank, a :class:`Republish`; ask again after doing so.
 
         Raises:
             RolloutFailure: a worker failed or the coordinator was stopped, before or during the wait.
             ValueError: the step was already taken by all ranks.
         """
-        def indices() -> range:
-            total = len(self._steps[step].prompts)
-            return range(rank * total // num_ranks, (rank + 1) * total // num_ranks)
-
-        def decided() -> bool:
-            if self._failure or self._stopped or step <= self._last_taken_step:
-                return True
-            return step in self._steps and all(index in self._steps[step].groups for index in indices())
-
         async with self._changed:
-            await self._changed.wait_for(decided)
-            if self._failure or self._stopped:
-                raise RolloutFailure(self._failure or f"the coordinator was stopped before step {step} was taken")
-            if step <= self._last_taken_step:
-                raise ValueError(f"step {step} was already taken by all {num_ranks} ranks")
-            groups = [self._steps[step].groups[index] for index in indices()]
-            self._steps[step].ranks_served.add(rank)
-            if len(self._steps[step].ranks_served) == num_ranks:
-                del self._steps[step]
-                self._last_taken_step = step
-            return groups
+            while True:
+                if self._failure or self._stopped:
+                    raise RolloutFailure(self._failure or f"the coordinator was stopped before step {step} was taken")
+                if (republish := self._versions.republish_for(rank)) is not None:
+                    return republish
+                if (groups := self._ledger.take(step, rank, num_ranks)) is not None:
+                    self._changed.notify_all()  # the queue may have room again
+                    return groups
+                await self._changed.wait()
+
+    async def snapshot(self) -> LedgerSnapshot:
+        """The steps not yet taken by all ranks, with their prompts and finished groups: O(open groups)."""
+        return self._ledger.snapshot()
+
+    async def restore(self, snapshot: LedgerSnapshot, next_step: int) -> None:
+        """Continues from a snapshot; see :meth:`Ledger.restore`.
+
+        Raises:
+            ValueError: this coordinator is already in use.
+        """
+        self._ledger.restore(snapshot, next_step)
+        await self._notify()
 
     # --- workers ------------------------------------------------------------------------------------------------
-    async def release(self, worker_id: str) -> None:
+    async def register(self, worker_id: str) -> None:
+        """A worker process is being started: its first heartbeat is due within ``timeout_seconds``.
+
+        Raises:
+            ValueError: a worker of this id was dismissed; every process needs an id of its own.
+        """
+        if worker_id in self._dismissed:
+            raise ValueError(f"{worker_id} was dismissed ({self._dismissed[worker_id]}): a new worker needs a new id")
+        self._heartbeats[worker_id] = _Heartbeat("starting", self._clock(), self._rollout.timeout_seconds)
+
+    async def heartbeat(self, worker_id: str, phase: str) -> None:
+        """A worker is alive; the next heartbeat is due within ``heartbeat_timeout_seconds``."""
+        if worker_id not in self._dismissed:
+            self._heartbeats[worker_id] = _Heartbeat(phase, self._clock(), self._rollout.heartbeat_timeout_seconds)
+
+    async def overdue(self) -> dict[str, str]:
+        """Workers whose heartbeat or lease is overdue, and why; they are dismissed, as by :meth:`release`.
+
+        To be called about twice a second: deadlines stand still while it is not, because then this process or its
+        caller was stopped, and silence proves nothing.
+        """
+        self._clock.watch()
+        now = self._clock()
+        reasons = {
+            worker_id: f"no heartbeat for {now - last.time:.1f} s, allowed are {last.timeout_seconds:g} s"
+            for worker_id, last in self._heartbeats.items() if now - last.time >= last.timeout_seconds}
+        for worker_id, lease in self._ledger.expire():
+            reasons[worker_id] = (f"step {lease.step} from group {lease.first_index} was not delivered within "
+                                  f"rollout.lease_timeout_seconds = {self._rollout.lease_timeout_seconds:g} s")
+        for worker_id, reason in reasons.items():
+            phase = self._heartbeats[worker_id].phase if worker_id in self._heartbeats else "unknown"
+            reasons[worker_id] = f"{reason}; its last phase: {phase}"
+            self._dismiss(worker_id, reasons[worker_id])
+        if reasons:
+            await self._notify()
+        return reasons
+
+    async def release(self, worker_id: str, reason: str) -> None:
         """A worker is dead: its leases wait again, in order, and what it still delivers will be refused.
 
         Its id gets no further lease, since a call it made before it died may still be waiting: a new worker, a new id.
         """
-        self._released.add(worker_id)
-        for lease_id in [i for i, (holder, _) in self._leases.items() if holder == worker_id]:
-            _, lease = self._leases.pop(lease_id)
-            heapq.heappush(self._waiting, (lease.step, lease.first_index))
+        self._dismiss(worker_id, reason)
         await self._notify()
+
+    async def delivered_by(self, worker_id: str) -> int:
+        """How many leases a worker has delivered, also after its death."""
+        return self._delivered[worker_id]
 
     async def fail(self, who: str, message: str) -> None:
         """A fatal error of a worker, or of a rank that publishes: raised in every present and future :meth:`take`.
@@ -223,48 +249,20 @@ class Coordinator:
         await self._notify()
 
     async def status(self) -> str:
-        """One line for error messages: versions, and what every open step waits for."""
-        partial = ", ".join(f"{version} has shards of ranks {sorted(p.shards)} of {p.num_ranks}"
-                            for version, p in self._partial.items())
-        steps = ", ".join(f"step {number}: {len(step.groups)} of {len(step.prompts)} groups"
-                          for number, step in sorted(self._steps.items()))
-        leases = ", ".join(f"{worker}: step {lease.step} from group {lease.first_index}"
-                           for worker, lease in self._leases.values())
-        return (f"newest complete version {self._newest if self._newest != NO_VERSION else 'none'}; "
-                f"incomplete versions: {partial or 'none'}; open steps: {steps or 'none'}; leases: {leases or 'none'}")
+        """One line for error messages: versions, what every open step waits for, what the workers do."""
+        now = self._clock()
+        workers = ", ".join(f"{worker_id}: {last.phase} ({now - last.time:.1f} s ago)"
+                            for worker_id, last in self._heartbeats.items())
+        dismissed = ", ".join(f"{worker_id} ({reason})" for worker_id, reason in list(self._dismissed.items())[-3:])
+        return (f"{self._versions.describe()}; {self._ledger.describe()}; heartbeats: {workers or 'none'}; "
+                f"dismissed: {len(self._dismissed)}{', at last ' * bool(dismissed)}{dismissed}")
 
     # --- inside -------------------------------------------------------------------------------------------------
-    def _min_version(self, step: int) -> int:
-        return max(step - self._rollout.max_policy_age, 0)
-
-    def _dismissed(self, worker_id: str) -> bool:
-        return self._stopped or worker_id in self._released
-
-    def _may_lease(self, served_version: int) -> bool:
-        return bool(self._waiting) and served_version >= self._min_version(self._waiting[0][0])
-
-    def _problem(self, lease: Lease, groups: Sequence[RolloutGroup]) -> str | None:
-        """Why groups do not answer a lease; None if they do."""
-        expected = [(lease.step, lease.first_index + i, *_identity(p)) for i, p in enumerate(lease.prompts)]
-        found = [(group.step, group.index, *_identity(group.prompt)) for group in groups]
-        if found != expected:
-            return f"(step, index, epoch, prompt id) are {found}, leased were {expected}"
-        for group in groups:
-            where = f"group {group.index} (prompt {group.prompt.prompt_id})"
-            if len(group.responses) != self._rollout.responses_per_prompt:
-                return f"{where} has {len(group.responses)} responses instead of {self._rollout.responses_per_prompt}"
-            if group.oldest_version < lease.min_version:
-                return f"{where} was sampled by version {group.oldest_version}, at least {lease.min_version} is needed"
-            for sibling, response in enumerate(group.responses):
-                for logprob_T in (response.logprob_T, response.behaviour_logprob_T):
-                    if len(logprob_T) != len(response.token_ids) or not math.isfinite(np.sum(logprob_T)):
-                        return f"{where}, response {sibling}: log-probs that are not finite, or not one per token"
-        return None
+    def _dismiss(self, worker_id: str, reason: str) -> None:
+        self._dismissed.setdefault(worker_id, reason)
+        self._heartbeats.pop(worker_id, None)
+        self._ledger.release(worker_id)
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
-
-
-def _identity(prompt: Prompt) -> tuple[int, int]:
-    return prompt.epoch, prompt.prompt_id

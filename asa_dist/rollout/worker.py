@@ -1,15 +1,39 @@
-"""A rollout worker: one engine, asked in turn to load weights and to generate. `cluster` makes it a Ray actor."""
+"""A rollout worker: one engine, asked in turn to load weights and to generate. `supervisor` makes it a Ray actor.
+
+    what goes wrong                              what the worker does
+    weights that do not fit, groups refused      forgets its version and loads again; three times in a row: ends
+    a shard that is not what its rank published  tells the coordinator, goes on with the version it has
+    an engine call beyond its deadline           writes the stacks of all its threads, ends
+    anything else                                ends, with an error that says where and while doing what
+
+Whatever ends a worker, the supervisor replaces it, and its lease goes to another one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import functools
 import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from asa_dist.config import ModelConfig
 from asa_dist.records import Lease, RolloutGroup
-from asa_dist.rollout.calls import wait_for
-from asa_dist.rollout.coordinator import LoadOrder
-from asa_dist.rollout.engine import Engine, SamplingConfig
+from asa_dist.rollout.calls import RolloutTimeout, wait_for
+from asa_dist.rollout.coordinator import LoadOrder, RolloutFailure
+from asa_dist.rollout.engine import NO_VERSION, Engine, SamplingConfig, WeightLoadError
+
+MAX_RELOADS_IN_A_ROW = 3
+
+EngineBuilder = Callable[[str, ModelConfig, SamplingConfig], Engine]
+
+
+class WorkerError(Exception):
+    """What ended a worker: host, phase and error, as text, so that it can be sent to the supervisor."""
 
 
 def build_engine(config_folder: str, model: ModelConfig, sampling: SamplingConfig) -> Engine:
@@ -21,6 +45,11 @@ def build_engine(config_folder: str, model: ModelConfig, sampling: SamplingConfi
     return engines[sampling.rollout.engine](config_folder, model, sampling, device)
 
 
+def stacks_file(stacks_folder: str, worker_id: str) -> Path:
+    """Where a worker that passes a deadline writes its stacks."""
+    return Path(stacks_folder, f"{worker_id}.txt")
+
+
 class RolloutWorker:
     """Consumes leases and load orders; delivers groups.
 
@@ -28,60 +57,138 @@ class RolloutWorker:
         worker_id: unique among all workers the coordinator has ever seen.
         coordinator: its Ray handle.
         config_folder: folder with the model's transformers ``config.json``, readable on this worker's host.
+        stacks_folder: of :func:`stacks_file`, shared with the supervisor's host.
+        build_engine: makes the engine, in this worker's process.
     """
 
     def __init__(self, worker_id: str, coordinator: Any, config_folder: str, model: ModelConfig,
-                 sampling: SamplingConfig) -> None:
+                 sampling: SamplingConfig, stacks_folder: str, build_engine: EngineBuilder) -> None:
         self._worker_id = worker_id
         self._coordinator = coordinator
-        self._config_folder = config_folder
-        self._model = model
-        self._sampling = sampling
-        self._timeout_seconds = sampling.rollout.timeout_seconds
-        self._phase = "starting"
+        self._build_engine = functools.partial(build_engine, config_folder, model, sampling)
+        self._rollout = sampling.rollout
+        self._stacks_file = stacks_file(stacks_folder, worker_id)
+        self._phase = "importing torch"
+        self._served_version = NO_VERSION  # what the coordinator is told: NO_VERSION asks for the weights again
+        self._reloads_in_a_row = 0
 
     def run(self) -> None:
-        """Works until the coordinator says stop; an error is reported to it (host, phase) and raised."""
+        """Works until the coordinator says stop.
+
+        Raises:
+            WorkerError: anything that ends this worker.
+        """
         try:
-            self._work()
+            import torch  # before the first heartbeat: loading its libraries can stop all threads for a while
+
+            torch.set_num_threads(self._rollout.threads_per_worker)
+            with self._heartbeats():
+                self._work()
         except Exception as error:
             message = f"host {socket.gethostname()}, while {self._phase}: {type(error).__name__}: {error}"
-            wait_for(self._coordinator.fail.remote(self._worker_id, message), self._timeout_seconds,
-                     "the coordinator to note a failure")
-            raise
+            raise WorkerError(message) from error
 
     def _work(self) -> None:
-        import torch
-
         self._phase = "building the engine"
-        torch.set_num_threads(self._sampling.rollout.threads_per_worker)
-        engine = build_engine(self._config_folder, self._model, self._sampling)
-        while True:
-            self._phase = "waiting for a lease"
-            # No deadline: an idle worker is no fault. A coordinator that dies ends the wait with an error.
-            order = wait_for(self._coordinator.lease.remote(self._worker_id, engine.version), None, "a lease")
-            if order is None:
-                return
+        with self._deadline(self._rollout.timeout_seconds):
+            engine = self._build_engine()
+        while (order := self._next_order()) is not None:
             if isinstance(order, LoadOrder):
                 self._load(engine, order)
             else:
                 self._generate(engine, order)
 
+    def _next_order(self) -> Lease | LoadOrder | None:
+        """However long it takes, since an idle worker is no fault, as long as the coordinator answers at all."""
+        import ray
+
+        self._phase = "waiting for a lease"
+        order = self._coordinator.lease.remote(self._worker_id, self._served_version)
+        while not ray.wait([order], timeout=self._rollout.timeout_seconds)[0]:
+            self._beat()
+        return self._wait_for(order, "a lease")
+
     def _load(self, engine: Engine, order: LoadOrder) -> None:
-        from asa_dist.rollout.weights import assemble
+        from asa_dist.rollout.weights import CorruptShardError, assemble
 
         version = order.manifest.version
         self._phase = f"loading version {version}"
-        shards = wait_for(list(order.shard_refs), self._timeout_seconds, f"the shards of version {version}")
-        engine.load(version, assemble(order.manifest, shards))
+        shards = self._wait_for(list(order.shard_refs), f"the shards of version {version}")
+        try:
+            with self._deadline(self._rollout.lease_timeout_seconds):
+                engine.load(version, assemble(order.manifest, shards))
+            self._served_version = version
+        except CorruptShardError as error:
+            message = f"{self._worker_id}, host {socket.gethostname()}: {error}"
+            self._wait_for(self._coordinator.reject_version.remote(self._worker_id, version, message),
+                           f"the coordinator to withdraw version {version}")
+        except WeightLoadError as error:
+            self._load_again(error)
 
     def _generate(self, engine: Engine, lease: Lease) -> None:
-        self._phase = f"generating step {lease.step} from group {lease.first_index} with version {engine.version}"
-        responses = engine.generate(lease.prompts)
+        where = f"step {lease.step} from group {lease.first_index}"
+        self._phase = f"generating {where} with version {engine.version}"
+        with self._deadline(self._rollout.lease_timeout_seconds):
+            responses = engine.generate(lease.prompts)
         groups = [RolloutGroup(lease.step, lease.first_index + offset, prompt, siblings)
                   for offset, (prompt, siblings) in enumerate(zip(lease.prompts, responses, strict=True))]
-        self._phase = f"delivering step {lease.step} from group {lease.first_index}"
-        refusal = wait_for(self._coordinator.deliver.remote(self._worker_id, lease.lease_id, groups),
-                           self._timeout_seconds, "the coordinator to take the groups")
-        if refusal is not None and not refusal.late:
-            raise RuntimeError(f"delivery refused: {refusal.reason}")
+        self._phase = f"delivering {where}"
+        refusal = self._wait_for(self._coordinator.deliver.remote(self._worker_id, lease.lease_id, groups),
+                                 "the coordinator to take the groups")
+        if refusal is None:
+            self._reloads_in_a_row = 0
+        elif not refusal.late:
+            self._load_again(RuntimeError(f"delivery refused: {refusal.reason}"))
+
+    def _load_again(self, problem: Exception) -> None:
+        """The weights of this engine are not to be trusted: they come once more, unless that did not help before."""
+        self._served_version = NO_VERSION
+        self._reloads_in_a_row += 1
+        if self._reloads_in_a_row == MAX_RELOADS_IN_A_ROW:
+            raise problem
+
+    # --- deadlines ----------------------------------------------------------------------------------------------
+    def _wait_for(self, reference: Any, what: str) -> Any:
+        return wait_for(reference, self._rollout.timeout_seconds, self._worker_id, what)
+
+    def _beat(self) -> None:
+        self._wait_for(self._coordinator.heartbeat.remote(self._worker_id, self._phase),
+                       "the coordinator to answer a heartbeat")
+
+    @contextlib.contextmanager
+    def _heartbeats(self) -> Iterator[None]:
+        """Tells the coordinator, from a thread, that this process runs and what it does."""
+        ended = threading.Event()
+        interval_seconds = min(1.0, self._rollout.heartbeat_timeout_seconds / 10)
+
+        def beat() -> None:
+            with contextlib.suppress(RolloutFailure, RolloutTimeout):  # the main thread will find out by itself
+                self._beat()
+                while not ended.wait(interval_seconds):
+                    self._beat()
+
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    @contextlib.contextmanager
+    def _deadline(self, timeout_seconds: float) -> Iterator[None]:
+        """If what it encloses takes longer: the stacks of all threads go to a file, and this process ends.
+
+        Python's watchdog does not need the interpreter, so that it works while an extension holds on to it.
+        """
+        headline = (f"host {socket.gethostname()}, {self._worker_id}, while {self._phase}: "
+                    f"took longer than {timeout_seconds:g} s\n")
+        with contextlib.ExitStack() as stack:
+            try:
+                self._stacks_file.parent.mkdir(parents=True, exist_ok=True)
+                file: Any = stack.enter_context(self._stacks_file.open("wb", buffering=0))
+                stack.callback(self._stacks_file.unlink, missing_ok=True)
+                file.write(headline.encode())
+            except OSError:  # a full disk costs the dump, not the worker: it goes to Ray's log of this process
+                file = sys.stderr
+            faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=file)
+            stack.callback(faulthandler.cancel_dump_traceback_later)
+            yield

@@ -1,81 +1,242 @@
-"""Checkpoints: DeepSpeed's shards and the loop's state in one folder that appears, whole, by one rename.
+"""Saving and loading, all ranks together. What the files are: ``checkpoint_files``; the shards: ``parameter_state``.
 
-RUN/checkpoints/step-00000300/          manifest.json: size and checksum of every file
-RUN/checkpoints/latest                  name of the newest complete one
+save    rank 0: empty folder │ every rank: its own shard, durable │ rank 0: manifest, rename, ``latest``, retention
+load    newest first: each rank verifies its share of the files │ a damaged one is named, the one before it is tried
+        every rank: reads the ranges it needs from whichever shards have them, whatever wrote them
+
+After each part the ranks exchange how it went: what fails on one has failed on all, and none waits for ever.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import contextlib
+import datetime
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
-import torch
+import safetensors.torch
 import torch.distributed as dist
-import xxhash
+from safetensors import SafetensorError
+from torch import Tensor
 
-from asa_dist.asa.trust import AlignmentState
+import asa_dist
+from asa_dist.config import CheckpointConfig
+from asa_dist.runtime import checkpoint_files as files
+from asa_dist.runtime.checkpoint_files import CheckpointError, FileRecord, Manifest
 from asa_dist.runtime.engine import TrainEngine
+from asa_dist.runtime.parameter_state import (
+    ShardReader,
+    local_pieces,
+    parameter_shapes,
+    pieces_to_save,
+    refresh_weights,
+    refuse_other_parameters,
+    write_shard,
+)
 
-MANIFEST = "manifest.json"
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3_128 of a file, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is either the old one or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+T = TypeVar("T")
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save went, the same on every rank but for ``seconds``."""
+
+    ok: bool
+    reason: str  # why not; "" if it did
+    seconds: float
+    num_bytes: int  # written by all ranks; 0 if it failed
+    name: str  # of the folder; "" if it failed
 
 
-def save_checkpoint(engine: TrainEngine, state: AlignmentState, step: int, run_dir: Path) -> None:
-    """Writes the checkpoint after ``step`` steps, complete and durable on return. A collective: every rank calls it."""
-    folder = run_dir / "checkpoints"
-    final, partial = folder / f"step-{step:08d}", folder / f".partial-step-{step:08d}"
-    is_first = engine.placement.rank == 0
-    if is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
-    dist.barrier()
-    if is_first:
-        torch.save({"step": step, "alignment": state.state_dict()}, partial / "loop.pt")
-        _seal(partial, step)
-        if final.exists():  # a checkpoint of an earlier run of the same step: replaced as a whole
-            shutil.rmtree(final)
-        partial.replace(final)
-        sync_folder(folder)
-        write_atomically(folder / "latest", final.name + "\n")
-    dist.barrier()
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What the caller has to put back; weights and optimizer are loaded already."""
+
+    step: int  # optimizer steps made
+    loop_state: dict[str, Tensor]  # on the CPU, on every rank
+    rollouts: bytes | None  # on rank 0, if any were saved; None on the others
+    manifest: Manifest
+    damaged: dict[str, str]  # newer ones that cannot be used: name → what is wrong
 
 
-def _seal(folder: Path, step: int) -> None:
-    """Makes every file durable and writes the manifest last."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3_128": file_checksum(path)}
-    write_atomically(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
+class _FailedOnARank(Exception):
+    """Raised on every rank alike."""
+
+
+def _require(before_commit: Callable[[], bool] | None) -> None:
+    if before_commit is not None and not before_commit():
+        raise OSError("the run's own log files cannot be written")
+
+
+class Checkpointer:
+    """Checkpoints of one run. Every method, and making one, is a collective: all ranks call it.
+
+    The ranks talk over a group of their own, with ``checkpoint.timeout_seconds``: a slow disk is no lost peer. If a
+    peer is lost all the same, gloo's RuntimeError says so.
+
+    Args:
+        on_damaged: called on rank 0 with (name, what is wrong) of a checkpoint that cannot be used, as soon as it is
+            known: verifying the next one may take minutes.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, engine: TrainEngine,
+        on_damaged: Callable[[str, str], None] | None = None,
+    ):
+        self._run_dir, self._keep, self._engine, self._on_damaged = run_dir, config.keep, engine, on_damaged
+        self._rank, self._num_ranks = engine.placement.rank, engine.placement.num_ranks
+        self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=config.timeout_seconds))
+        self._damaged: dict[str, str] = {}  # name → what is wrong
+
+    # --- saving --------------------------------------------------------------------------------------------------
+    def save(
+        self, step: int, loop_state: dict[str, Tensor], rollouts: bytes | None,
+        before_commit: Callable[[], bool] | None = None,
+    ) -> SaveResult:
+        """Writes the checkpoint after ``step`` steps: complete and durable on return, or as if never begun.
+
+        Args:
+            loop_state: of any dtypes and shapes; rank 0's counts.
+            rollouts: rank 0's counts.
+            before_commit: makes durable what has to be there before the checkpoint is; called on every rank. False: it
+                could not, and there is no checkpoint either.
+        """
+        start = time.perf_counter()
+        try:
+            self._on_first_rank(lambda: files.start_partial(self._run_dir, step))
+            written = self._exchange(self._agree(lambda: self._write_files(step, loop_state, rollouts)))
+            self._agree(lambda: _require(before_commit))
+            records = {name: record for share in written for name, record in share.items()}
+            name = self._on_first_rank(lambda: self._complete(step, records))
+        except _FailedOnARank as failure:
+            if self._rank == 0:
+                with contextlib.suppress(OSError):  # what cannot be removed now is removed by the next save
+                    files.remove_partials(self._run_dir)
+            return SaveResult(False, str(failure), time.perf_counter() - start, 0, "")
+        num_bytes = sum(record.bytes for record in records.values())
+        return SaveResult(True, "", time.perf_counter() - start, num_bytes, name)
+
+    def _write_files(self, step: int, loop_state: dict[str, Tensor], rollouts: bytes | None) -> dict[str, FileRecord]:
+        """What this rank writes, by path within the folder."""
+        folder = files.partial_folder(self._run_dir, step)
+        shard = f"{files.SHARDS}/rank-{self._rank:05d}.safetensors"
+        pieces = pieces_to_save(self._engine.engine.module, self._engine.optimizer, self._rank, self._num_ranks)
+        written = {shard: write_shard(folder / shard, pieces)}
+        if self._rank == 0:
+            # copies: safetensors refuses views of one storage
+            state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in loop_state.items()}
+            written[files.LOOP] = files.write_file(folder / files.LOOP, [safetensors.torch.save(state)])
+            if rollouts is not None:
+                written[files.ROLLOUTS] = files.write_file(folder / files.ROLLOUTS, [rollouts])
+        return written
+
+    def _complete(self, step: int, records: dict[str, FileRecord]) -> str:
+        manifest = Manifest(
+            step=step,
+            num_ranks=self._num_ranks,
+            zero_stage=self._engine.engine.zero_optimization_stage(),
+            versions={"asa_dist": asa_dist.__version__, "torch": version("torch"), "deepspeed": version("deepspeed")},
+            parameters=parameter_shapes(self._engine.engine.module),
+            files=records,
+        )
+        name = files.complete(self._run_dir, manifest)
+        files.retain(self._run_dir, name, self._keep, self._damaged)
+        return name
+
+    # --- loading -------------------------------------------------------------------------------------------------
+    def load(self) -> LoadedCheckpoint | None:
+        """Loads the newest sound checkpoint into engine and optimizer; None if there is none at all.
+
+        Weights, Adam's moments and step counts are restored for any number of ranks and ZeRO stage; learning rates stay
+        as they are.
+
+        Raises:
+            CheckpointError: all are damaged, or the newest sound one is of another model. On every rank alike.
+        """
+        for name in self._on_first_rank(self._candidates):
+            manifest, problems = self._verify(name)
+            if manifest is not None and not problems:
+                return self._load(self._run_dir / files.FOLDER / name, manifest)
+            self._damaged[name] = "; ".join(problems)
+            if self._rank == 0 and self._on_damaged is not None:
+                self._on_damaged(name, self._damaged[name])
+        if self._damaged:
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in self._damaged.items())
+            raise CheckpointError(f"no checkpoint in {self._run_dir / files.FOLDER} can be used:{listed}")
+        return None
+
+    def _candidates(self) -> list[str]:
+        """Newest first; one that only ``latest`` knows is missed before the others are tried."""
+        names = [entry.name for entry in files.list_checkpoints(self._run_dir)]
+        latest = files.read_latest(self._run_dir)
+        return names if latest is None or latest in names else [latest, *names]
+
+    def _verify(self, name: str) -> tuple[Manifest | None, list[str]]:
+        """(manifest, what is wrong); each rank reads every num_ranks-th file."""
+        folder = self._run_dir / files.FOLDER / name
+
+        def manifest_or_problem() -> Manifest | str:
+            try:
+                return files.read_manifest(folder)
+            except CheckpointError as error:
+                return str(error)
+
+        manifest = self._on_first_rank(manifest_or_problem)
+        if isinstance(manifest, str):
+            return None, [manifest]
+        share = dict(list(manifest.files.items())[self._rank :: self._num_ranks])
+        problems = self._exchange(files.verify_files(folder, share))
+        return manifest, sorted(problem for found in problems for problem in found)
+
+    def _load(self, folder: Path, manifest: Manifest) -> LoadedCheckpoint:
+        model, optimizer = self._engine.engine.module, self._engine.optimizer
+        refuse_other_parameters(folder, manifest.parameters, model)
+        shards = [folder / name for name in manifest.files if name.startswith(f"{files.SHARDS}/")]
+        try:
+            self._agree(lambda: ShardReader(shards).fill(local_pieces(model, optimizer)))
+            refresh_weights(optimizer)
+            return self._agree(lambda: self._loaded(folder, manifest))
+        except _FailedOnARank as failure:
+            raise CheckpointError(f"{folder}: {failure}") from None
+
+    def _loaded(self, folder: Path, manifest: Manifest) -> LoadedCheckpoint:
+        has_rollouts = self._rank == 0 and files.ROLLOUTS in manifest.files
+        return LoadedCheckpoint(
+            manifest.step,
+            safetensors.torch.load((folder / files.LOOP).read_bytes()),
+            (folder / files.ROLLOUTS).read_bytes() if has_rollouts else None,
+            manifest,
+            dict(self._damaged),
+        )
+
+    # --- what one decides, all decide ------------------------------------------------------------------------------
+    def _exchange(self, value: T) -> list[T]:
+        """Everyone's value, in rank order."""
+        values: list[Any] = [None] * self._num_ranks
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _agree(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns here, once it has succeeded on every rank.
+
+        Raises:
+            _FailedOnARank: on every rank, if a file could not be written or read on one.
+        """
+        outcome: list[T] = []
+        failure = ""
+        try:
+            outcome.append(action())
+        except (OSError, SafetensorError, CheckpointError) as error:
+            failure = f"rank {self._rank}: {error}"
+        if failures := [other for other in self._exchange(failure) if other]:
+            raise _FailedOnARank("; ".join(failures))
+        return outcome[0]
+
+    def _on_first_rank(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on rank 0, which alone runs it."""
+        outcome = self._exchange(self._agree(lambda: action() if self._rank == 0 else None))[0]
+        return cast(T, outcome)

@@ -6,11 +6,13 @@ import datetime
 import logging
 import math
 import os
+import re
 import resource
 import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import deepspeed
@@ -20,12 +22,12 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
-from asa_dist.asa.errors import TrainingError
 from asa_dist.asa.objective import FusedOutput, StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.config import OptimizerConfig, TrainConfig
-from asa_dist.runtime.gradients import clip_by_part
+from asa_dist.runtime.gradients import clip_by_part, no_update
 from asa_dist.runtime.model import PHI, PSI, XI, AsaModel, named_parts
+from asa_dist.runtime.nonfinite import count_nonfinite, find_nonfinite, skip_reason
 
 PARTS = [PSI, PHI, XI]
 
@@ -83,6 +85,21 @@ def _rendezvous(placement: Placement, timeout: datetime.timedelta) -> PrefixStor
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone; gloo has no exception class of its own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def describe_lost_peer(error: RuntimeError, rank: int) -> str:
+    """For the user of this rank: what a collective's failure means (``is_lost_peer``), and where to look."""
+    said = str(error).strip().partition("\n")[0]
+    waited = re.search(r"(?i)timed out waiting (\d+) ?ms|Timeout\(ms\)=(\d+)", said)
+    if waited is not None:
+        seconds = int(waited[1] or waited[2]) / 1000
+        what = (
+            f"another rank did not answer for {seconds:g} s (train.collective_timeout_seconds): it hangs, was stopped, "
+            "or cannot be reached"
+        )
+    else:
+        what = "the connection to another rank broke: its process ended, or its host cannot be reached"
+    return f"rank {rank} on {socket.gethostname()}: {what}; see that rank's own last messages. ({said})"
 
 
 def deepspeed_settings(train: TrainConfig, dtype: str, num_ranks: int) -> dict[str, Any]:
@@ -152,11 +169,15 @@ def learning_rates(step: int, num_steps: int, config: OptimizerConfig) -> dict[s
     return {PSI: factor * config.lr_psi, PHI: factor * config.lr_phi, XI: factor * config.lr_xi}
 
 
+def _merged(records: Sequence[dict[str, Tensor]], merge: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+    """One dict of tensors from the micro-batches', all of which have the same names."""
+    return {name: reduce(merge, [record[name] for record in records]) for name in records[0]}
+
+
 class TrainEngine:
     """One rank's view of the sharded model.
 
-    Raises:
-        TrainingError: on every rank alike, for a non-finite reward, loss or gradient.
+    A collective whose other ranks are gone or silent raises a RuntimeError: see ``describe_lost_peer``.
     """
 
     def __init__(
@@ -192,48 +213,40 @@ class TrainEngine:
     ) -> StepResult:
         """Forward and backward per micro-batch, one optimizer step.
 
+        If a loss, reward or gradient is not finite on any rank, no rank makes an update: weights, moments and step
+        counts stay as they are, the gradients are dropped, and the result says why.
+
         Args:
             batches: exactly ``accumulation_steps`` micro-batches.
             learning_rates: by part.
         """
         self._set_learning_rates(learning_rates)
-        result = StepResult({}, {}, [], {})
-        for number, batch in enumerate(batches):
-            batch = batch.to(self.placement.device)
+        batches = [batch.to(self.placement.device) for batch in batches]
+        outputs: list[FusedOutput] = []
+        for batch in batches:
+            if outputs:
+                self.engine.step()  # counts the micro-batch before; the last one's makes the update
             output: FusedOutput = self.engine(batch=batch, inputs=inputs)
-            self._refuse_nonfinite(output, batch)
             # DeepSpeed divides by ranks and micro-batches; ours are sums over global counts
             self.engine.backward(output.loss * self.placement.num_ranks, scale_wrt_gas=False)
-            if number == len(batches) - 1:
-                result.gradient_norms.update(
-                    clip_by_part(
-                        self.optimizer, self._part_of_group, PARTS, self._clip_norm, self.placement.device
-                    )
-                )
-                if not all(math.isfinite(norm) for norm in result.gradient_norms.values()):
-                    raise TrainingError(f"gradient norms {result.gradient_norms} are not finite; no update was made")
+            outputs.append(output._replace(loss=output.loss.detach()))
+        num_nonfinite = torch.stack([count_nonfinite(output) for output in outputs]).sum()
+        norms, is_finite = clip_by_part(self.optimizer, self._part_of_group, PARTS, self._clip_norm, num_nonfinite)
+        result = StepResult(
+            sums=_merged([output.sums for output in outputs], torch.add),
+            maxima=_merged([output.maxima for output in outputs], torch.maximum),
+            terms=[output.terms for output in outputs],
+            gradient_norms=norms,
+        )
+        if is_finite:
             self.engine.step()
-            for name, value in output.sums.items():
-                result.sums[name] = result.sums[name] + value if name in result.sums else value
-            for name, value in output.maxima.items():
-                result.maxima[name] = torch.maximum(result.maxima[name], value) if name in result.maxima else value
-            result.terms.append(output.terms)
-        return result
-
-    def _refuse_nonfinite(self, output: FusedOutput, batch: MicroBatch) -> None:
-        """All ranks learn of a non-finite loss or reward before any of them starts the backward."""
-        checked = torch.stack([output.loss.detach(), *(value_PG.sum() for value_PG in output.terms.values())])
-        is_bad = (~torch.isfinite(checked)).any().float()
-        dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
-        if not is_bad:  # the one wait for the device between forward and backward
-            return
-        found = [] if torch.isfinite(output.loss) else ["the loss"]
-        for name, value_PG in output.terms.items():
-            if batch.groups is not None and not torch.isfinite(value_PG).all():
-                group = int((~torch.isfinite(value_PG)).any(1).nonzero()[0])
-                found.append(f"reward term {name} of prompt {int(batch.groups.prompt_id_P[group])}")
-        where = "; ".join(found) or "a value on another rank"
-        raise TrainingError(f"rank {self.placement.rank}: not finite: {where}; no update was made")
+            return result
+        with no_update(self.optimizer, self.engine.basic_optimizer):
+            self.engine.step()
+        found: list[Any] = [None] * self.placement.num_ranks
+        dist.all_gather_object(found, find_nonfinite(batches, outputs))
+        reason, prompt_ids = skip_reason(found, norms)
+        return replace(result, skipped_because=reason, skipped_prompt_ids=prompt_ids)
 
     @torch.no_grad()
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
@@ -282,6 +295,5 @@ class TrainEngine:
                 yield parameter.detach().flatten()[rank * size : (rank + 1) * size]
 
     def close(self) -> None:
-        """Leaves the process group; call once, at the end."""
+        """Gives back what DeepSpeed holds; call once, at the end. The process group stays."""
         self.engine.destroy()
-        dist.destroy_process_group()

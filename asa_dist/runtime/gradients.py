@@ -2,12 +2,14 @@
 
 DeepSpeed clips by one norm over all parameter groups, so that a spike in an evaluator head would shrink the generator's
 step. Here each part is clipped by its own norm, on the rank's own gradient partitions, between backward and step;
-DeepSpeed's clipping stays off.
+DeepSpeed's clipping stays off. The same collective tells whether the step can be used at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,27 +54,59 @@ def is_partitioned(optimizer: Any) -> bool:
 
 
 def clip_by_part(
-    optimizer: Any, part_of_group: list[str], parts: list[str], max_norm: float, device: torch.device
-) -> dict[str, float]:
+    optimizer: Any,
+    part_of_group: list[str],
+    parts: list[str],
+    max_norm: float,
+    num_nonfinite: Tensor,
+) -> tuple[dict[str, float], bool]:
     """Norm of each part's gradient before clipping; scales parts above ``max_norm`` (0 = off) down to it.
 
-    One all-reduce of ``len(parts)`` numbers. A non-finite norm is returned as it is and nothing is scaled.
+    One all-reduce of ``len(parts)`` + 1 numbers, and the step's one wait for the device.
 
     Args:
-        device: on which the process group communicates; offloaded gradients stand elsewhere.
+        num_nonfinite: losses and rewards of this rank that are not finite; a scalar on the device on which the process
+            group communicates (offloaded gradients stand elsewhere).
+
+    Returns:
+        (norm by part, whether every value on every rank is finite): the same on all ranks. If not, nothing is scaled.
     """
     gradients = [(part_of_group[group], tensors) for group, tensors in local_gradients(optimizer)]
+    device = num_nonfinite.device
     squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
     for part, tensors in gradients:
         if tensors:
             sums = torch.stack([tensor.float().square().sum().double() for tensor in tensors])
             squares[parts.index(part)] += sums.sum().to(device)
-    if is_partitioned(optimizer):
-        dist.all_reduce(squares)
-    norms = dict(zip(parts, squares.sqrt().tolist(), strict=True))
-    if max_norm > 0 and bool(torch.isfinite(squares).all()):
+    if not is_partitioned(optimizer) and dist.get_rank() != 0:
+        squares.zero_()  # every rank holds the whole gradient: rank 0's counts
+    totals = torch.cat([squares, num_nonfinite.double().reshape(1)])
+    dist.all_reduce(totals)
+    *squared_norms, total_nonfinite = totals.tolist()
+    norms = {part: math.sqrt(square) for part, square in zip(parts, squared_norms, strict=True)}
+    is_finite = total_nonfinite == 0 and all(map(math.isfinite, squared_norms))
+    if max_norm > 0 and is_finite:
         for part, tensors in gradients:
             if norms[part] > max_norm:
                 for tensor in tensors:
                     tensor.mul_(max_norm / norms[part])
-    return norms
+    return norms, is_finite
+
+
+@contextmanager
+def no_update(optimizer: Any, innermost: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it, a step of DeepSpeed's engine drops the gradients and counts as always, but moves nothing.
+
+    What has to be dropped and counted differs by stage, dtype and version, so DeepSpeed does it; only the innermost
+    optimizer, which owns moments and step counts, stands still. Gradients of zero would not do: Adam would still move.
+    """
+    are_linked = getattr(optimizer, "_hp_optimizer_states_linked", None)
+    innermost.step = lambda closure=None: None  # type: ignore[method-assign]  # shadows the class's
+    try:
+        yield
+    finally:
+        del innermost.step  # type: ignore[method-assign]
+        if are_linked is not None:  # else DeepSpeed would believe to have linked moments that do not exist yet
+            optimizer._hp_optimizer_states_linked = are_linked
+            for parameter in [parameter for parameter, state in innermost.state.items() if not state]:
+                del innermost.state[parameter]

@@ -1,11 +1,12 @@
-"""Where a run's results go: metrics.jsonl, samples.jsonl, trained.jsonl and one line for whoever watches."""
+"""Where a run's results go: metrics.jsonl, samples.jsonl, trained.jsonl, events.jsonl; one line for whoever watches."""
 
 from __future__ import annotations
 
-import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,10 +15,15 @@ from tqdm import tqdm
 
 from asa_dist.config import MetricsConfig
 from asa_dist.records import RolloutGroup
+from asa_dist.runtime.run_log import EVENT_LOG, STEP_LOGS, RunLog
 
 
 class ProgressLine:
-    """A live line in a terminal, plain lines otherwise: step, losses, τ, tokens/s, time left."""
+    """A live line in a terminal, plain lines otherwise: step, losses, τ, tokens/s, time left.
+
+    Args:
+        first_step: steps finished before; time left follows from the rate since then.
+    """
 
     def __init__(self, num_steps: int, first_step: int, stream: TextIO = sys.stderr, plain_every_seconds: float = 10.0):
         self._stream = stream
@@ -70,7 +76,14 @@ STEPS_BETWEEN_WARNINGS = 100
 
 
 class RunRecorder:
-    """Appends one JSON object per line; every line is flushed, so that a killed run keeps what it had written."""
+    """Appends one JSON object per line; a killed run keeps what it had written.
+
+    While lines cannot be written (disk full) they wait in memory and training goes on. ``event`` and ``sync`` may be
+    called from any thread.
+
+    Raises:
+        OSError: a file cannot be opened.
+    """
 
     def __init__(
         self,
@@ -83,14 +96,43 @@ class RunRecorder:
         self._decode = decode
         self._progress = progress
         self._next_warning_step = 0.0
-        self._files = {
-            name: (run_dir / f"{name}.jsonl").open("a", encoding="utf-8") for name in ("metrics", "samples", "trained")
-        }
+        self._logs = {name: RunLog(run_dir / f"{name}.jsonl") for name in (*STEP_LOGS, EVENT_LOG)}
+        self._delayed: set[str] = set()  # logs whose rows wait
+        self._delayed_lock = threading.Lock()
 
-    def _append(self, name: str, value: dict[str, Any]) -> None:
-        file = self._files[name]
-        file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        self._tell_of_delay(name, self._logs[name].append(row))
+
+    def _tell_of_delay(self, name: str, error: OSError | None) -> None:
+        """Once when rows begin to wait, once when all are written."""
+        with self._delayed_lock:
+            had_delay = bool(self._delayed)
+            (self._delayed.discard if error is None else self._delayed.add)(name)
+            has_delay = bool(self._delayed)
+        if error is not None and not had_delay:
+            self._progress.say(
+                f"asa: warning: {self._logs[name].path}: {error.strerror}: what cannot be written waits in memory; "
+                "training goes on"
+            )
+        elif had_delay and not has_delay:
+            self._progress.say(f"asa: {self._logs[name].path}: what waited in memory is written")
+
+    def sync(self) -> bool:
+        """Makes every line durable, as a checkpoint of the same step needs it; False if some cannot be written now."""
+        is_durable = True
+        for name, log in self._logs.items():
+            error = log.sync()
+            self._tell_of_delay(name, error)
+            is_durable &= error is None
+        return is_durable
+
+    def event(self, name: str, /, **details: Any) -> None:
+        """Adds to events.jsonl what happened to the run, with the time (UTC)."""
+        self._append(EVENT_LOG, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **details})
+
+    def say(self, message: str) -> None:
+        """One line for whoever watches."""
+        self._progress.say(message)
 
     def metrics(self, values: dict[str, float]) -> None:
         self._append("metrics", values)
@@ -111,8 +153,14 @@ class RunRecorder:
                 "model.attention)"
             )
 
-    def trained(self, step: int, prompt_ids: list[int]) -> None:
-        self._append("trained", {"step": step, "prompt_ids": prompt_ids})
+    def trained(self, step: int, prompt_ids: list[int], skipped: bool = False) -> None:
+        """The prompts that ``step`` used up; ``skipped``: without an update."""
+        self._append("trained", {"step": step, "prompt_ids": prompt_ids} | ({"skipped": True} if skipped else {}))
+
+    def skipped(self, step: int, reason: str, prompt_ids: list[int]) -> None:
+        """A step without an update, and the prompts concerned, as far as they are known."""
+        self.event("step_skipped", step=step, reason=reason, prompt_ids=prompt_ids)
+        self._progress.say(f"asa: warning: step {step} made no update: {reason}")
 
     def samples(
         self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
@@ -141,17 +189,30 @@ class RunRecorder:
             )
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        """Writes what waits; what still cannot be written is lost, and said."""
+        self.sync()
+        for log in self._logs.values():
+            if log.num_pending:
+                self._progress.say(f"asa: warning: {log.path}: {log.num_pending} lines could not be written")
+            log.close()
         self._progress.close()
 
 
 class SilentRecorder:
     """Ranks other than 0 write nothing."""
 
+    def say(self, message: str) -> None: ...
+
     def metrics(self, values: dict[str, float]) -> None: ...
 
-    def trained(self, step: int, prompt_ids: list[int]) -> None: ...
+    def trained(self, step: int, prompt_ids: list[int], skipped: bool = False) -> None: ...
+
+    def skipped(self, step: int, reason: str, prompt_ids: list[int]) -> None: ...
+
+    def event(self, name: str, /, **details: Any) -> None: ...
+
+    def sync(self) -> bool:
+        return True
 
     def samples(
         self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asa_dist.asa.errors import RolloutsUnavailable
 from asa_dist.asa.loop import AsaLoop
 from asa_dist.asa.objective import StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
@@ -29,6 +33,8 @@ class LocalEngine:
 
     def __init__(self, model: AsaModel, config: Config):
         self.model = model
+        self.bad_steps: set[int] = set()  # numbers of calls that end as a step does whose loss is not finite
+        self.num_calls = 0
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer))
 
     def train_step(
@@ -44,9 +50,12 @@ class LocalEngine:
                 result.sums[name] = result.sums.get(name, 0) + value
             result.maxima.update(output.maxima)
             result.terms.append(output.terms)
-        self.optimizer.step()
+        self.num_calls += 1
+        is_bad = self.num_calls in self.bad_steps
+        if not is_bad:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return result
+        return dataclasses.replace(result, skipped_because="the loss" if is_bad else "")
 
     @torch.no_grad()
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
@@ -65,8 +74,10 @@ class LocalEngine:
 class LocalCorpus:
     def __init__(self, config: Config):
         self._num_batches = config.train.accumulation_steps
+        self.rows_seen = 0
 
     def train_batches(self, step: int) -> list[MicroBatch]:
+        self.rows_seen += 1
         return [tiny.corpus_part(batch) for batch in tiny.micro_batches(1, 0, self._num_batches)]
 
     def heldout_batches(self) -> list[MicroBatch]:
@@ -74,6 +85,12 @@ class LocalCorpus:
 
     def bigram_perplexity(self) -> float:
         return 50.0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rows": torch.tensor(self.rows_seen)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.rows_seen = int(state["rows"])
 
 
 class LocalRollouts:
@@ -86,6 +103,7 @@ class LocalRollouts:
             str(folder), config.model, SamplingConfig(config.rollout, config.seed, worlds.EOS), "cpu"
         )
         self.calls: list[tuple[str, int]] = []
+        self.unavailable_from = math.inf  # step
 
     def request(self, step: int) -> None:
         self.calls.append(("request", step))
@@ -96,6 +114,8 @@ class LocalRollouts:
 
     def take(self, step: int) -> list[RolloutGroup]:
         self.calls.append(("take", step))
+        if step >= self.unavailable_from:
+            raise RolloutsUnavailable("the workers are gone")
         rng, num_prompts = np.random.default_rng(step), self._config.rollout.prompts_per_step
         prompts = [
             Prompt(step * num_prompts + i, 0, rng.integers(1, worlds.VOCAB, 4).astype(np.int32))
@@ -110,12 +130,16 @@ class ListRecorder:
     rows: list[dict[str, float]] = field(default_factory=list)
     prompt_ids: list[list[int]] = field(default_factory=list)
     sampled_steps: list[int] = field(default_factory=list)
+    skipped_steps: list[int] = field(default_factory=list)
 
     def metrics(self, values: dict[str, float]) -> None:
         self.rows.append(values)
 
-    def trained(self, step: int, prompt_ids: list[int]) -> None:
+    def trained(self, step: int, prompt_ids: list[int], skipped: bool) -> None:
         self.prompt_ids.append(prompt_ids)
+
+    def skipped(self, step: int, reason: str, prompt_ids: list[int]) -> None:
+        self.skipped_steps.append(step)
 
     def samples(
         self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
@@ -124,20 +148,41 @@ class ListRecorder:
 
 
 @dataclass
+class KeptCheckpoints:
+    """In memory: the loop's state and the weights, by step."""
+
+    model: AsaModel
+    every_steps: int
+    disk_is_full: bool = False
+    kept: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=dict)
+
+    def is_due(self, step: int) -> bool:
+        return step > 0 and step % self.every_steps == 0
+
+    def save(self, step: int, state: dict[str, Tensor]) -> bool:
+        if not self.disk_is_full:
+            self.kept[step] = copy.deepcopy((state, self.model.state_dict()))
+        return not self.disk_is_full
+
+
+@dataclass
 class LocalRun:
     loop: AsaLoop
+    engine: LocalEngine
     rollouts: LocalRollouts
     recorder: ListRecorder
-    saved: list[int]
+    checkpoints: KeptCheckpoints
 
 
 def local_run(config: Config, folder: Path) -> LocalRun:
     model = tiny.model(config)
-    rollouts, recorder, saved = LocalRollouts(config, model, folder), ListRecorder(), []
+    engine = LocalEngine(model, config)
+    rollouts, recorder = LocalRollouts(config, model, folder), ListRecorder()
+    checkpoints = KeptCheckpoints(model, config.checkpoint.every_steps)
     loop = AsaLoop(
         config=config, rank=0, num_ranks=1, device=torch.device("cpu"), tables=worlds.TABLES,
         state=AlignmentState(config.evaluator, config.model.architecture.hidden_size),
-        engine=LocalEngine(model, config), corpus=LocalCorpus(config), rollouts=rollouts, recorder=recorder,
-        learning_rates=lambda step: dict.fromkeys(PARTS, 1e-3), save=saved.append,
+        engine=engine, corpus=LocalCorpus(config), rollouts=rollouts, recorder=recorder,
+        checkpoints=checkpoints, learning_rates=lambda step: dict.fromkeys(PARTS, 1e-3), stop_code=lambda: 0,
     )
-    return LocalRun(loop, rollouts, recorder, saved)
+    return LocalRun(loop, engine, rollouts, recorder, checkpoints)

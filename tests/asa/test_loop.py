@@ -7,27 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from asa_dist.asa.errors import RolloutsUnavailable, TrainingError
 from asa_dist.config import Config
-from tests.asa.local_run import local_run
+from tests.asa.local_run import LocalRun, local_run
 from tests.distributed import tiny
 
 
-def config(**evaluator: Any) -> Config:
+def config(*, every_steps: int = 1000, **evaluator: Any) -> Config:
     return tiny.config(
         0, 1, 2, evaluator={"embedding_size": 16, **evaluator}, train__eval_every_steps=2,
         metrics={"samples_every_steps": 2}, rollout__max_new_tokens=9,
+        checkpoint={"every_steps": every_steps}, train__max_skipped_steps=2,
     )
 
 
 def test_order_of_work(tmp_path: Path) -> None:
     run = local_run(config(), tmp_path)
-    run.loop.run(0, 3)
+    run.loop.run(3)
     assert run.rollouts.calls == [
         ("publish", 0), ("request", 0), ("take", 0), ("publish", 1), ("request", 1), ("take", 1), ("publish", 2),
-        ("request", 2), ("take", 2), ("publish", 3),
-    ]
-    assert run.saved == [3]
+        ("request", 2), ("take", 2),
+    ], "nobody needs the last version"
+    assert list(run.checkpoints.kept) == [3]
     assert run.recorder.prompt_ids == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert run.recorder.sampled_steps == [1, 3]
 
@@ -36,7 +39,7 @@ def test_lookahead_asks_for_as_many_steps_as_rollouts_may_be_old(tmp_path: Path)
     settings = config()
     settings = settings.model_copy(update={"rollout": settings.rollout.model_copy(update={"max_policy_age": 2})})
     run = local_run(settings, tmp_path)
-    run.loop.run(0, 4)
+    run.loop.run(4)
     asked_before = [("request", step) for step in (0, 1, 2)]
     assert run.rollouts.calls[:5] == [("publish", 0), *asked_before, ("take", 0)]
     assert [call for call in run.rollouts.calls if call[0] == "request"] == [("request", step) for step in range(4)]
@@ -44,8 +47,9 @@ def test_lookahead_asks_for_as_many_steps_as_rollouts_may_be_old(tmp_path: Path)
 
 def test_metrics(tmp_path: Path) -> None:
     run = local_run(config(), tmp_path)
-    run.loop.run(0, 3)
-    first, *steps = run.recorder.rows
+    run.loop.run(3)
+    first, *steps, last = run.recorder.rows
+    assert set(last) == {"step", "time/checkpoint_seconds"}
     assert first["step"] == 0 and set(first) == {"step", "eval/perplexity", "eval/bigram_perplexity"}
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert [("eval/perplexity" in row) for row in steps] == [False, True, True]
@@ -61,17 +65,96 @@ def test_metrics(tmp_path: Path) -> None:
 
 def test_beta_is_closed_until_the_warm_up_ends_and_then_stays_open(tmp_path: Path) -> None:
     run = local_run(config(max_warmup_steps=3), tmp_path)
-    run.loop.run(0, 6)
-    assert [row["trust/beta"] for row in run.recorder.rows[1:]] == [0, 0, 0, 0.4, 0.4, 0.4]
+    run.loop.run(6)
+    assert [row["trust/beta"] for row in run.recorder.rows[1:-1]] == [0, 0, 0, 0.4, 0.4, 0.4]
 
 
 def test_beta_opens_early_when_trust_is_held(tmp_path: Path) -> None:
     run = local_run(config(warmup_rho=-1.0, warmup_hold_steps=2), tmp_path)
-    run.loop.run(0, 4)
-    assert [row["trust/beta"] for row in run.recorder.rows[1:]] == [0, 0, 0.4, 0.4]
+    run.loop.run(4)
+    assert [row["trust/beta"] for row in run.recorder.rows[1:-1]] == [0, 0, 0.4, 0.4]
 
 
 def test_trust_always_means_tau_one(tmp_path: Path) -> None:
     run = local_run(config(trust="always", max_warmup_steps=0), tmp_path)
-    run.loop.run(0, 1)
+    run.loop.run(1)
     assert run.recorder.rows[1]["trust/tau"] == 1.0 and run.recorder.rows[1]["trust/beta"] == 0.4
+
+
+def losses(run: LocalRun) -> list[float]:
+    return [row["loss/total"] for row in run.recorder.rows if "loss/total" in row]
+
+
+# --- between two steps --------------------------------------------------------------------------------------------
+def test_a_checkpoint_holds_everything_the_next_step_needs(tmp_path: Path) -> None:
+    """All but the optimizer's state, which is the engine's: here it is taken along."""
+    straight = local_run(config(every_steps=2, max_warmup_steps=3), tmp_path / "a")
+    straight.loop.run(5)
+    assert list(straight.checkpoints.kept) == [2, 4, 5]
+    first = local_run(config(max_warmup_steps=3), tmp_path / "b")
+    first.loop.run(2)
+    state, weights = first.checkpoints.kept[2]
+    second = local_run(config(max_warmup_steps=3), tmp_path / "c")
+    second.engine.model.load_state_dict(weights)
+    second.engine.optimizer.load_state_dict(first.engine.optimizer.state_dict())
+    second.loop.load_state_dict(2, state)
+    second.loop.run(5)
+    assert second.rollouts.calls[0] == ("publish", 2)
+    assert losses(first) + losses(second) == losses(straight)
+    assert [row["tokens/corpus"] for row in second.recorder.rows if "tokens/corpus" in row] == [
+        row["tokens/corpus"] for row in straight.recorder.rows if row["step"] > 2 and "tokens/corpus" in row]
+    assert second.checkpoints.kept[5][0].keys() == straight.checkpoints.kept[5][0].keys()
+    for name, value in second.checkpoints.kept[5][0].items():
+        assert torch.equal(value, straight.checkpoints.kept[5][0][name]), name
+
+
+def test_a_request_to_stop_ends_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
+    run = local_run(config(), tmp_path)
+    run.loop.stop_code = lambda: 2 if run.loop.finished == 2 else 0
+    assert run.loop.run(5) == 2
+    assert list(run.checkpoints.kept) == [2] and run.loop.finished == 2
+    assert ("publish", 2) not in run.rollouts.calls, "what ends a run may have ended Ray already"
+
+
+def test_without_rollouts_what_was_trained_is_saved(tmp_path: Path) -> None:
+    run = local_run(config(), tmp_path)
+    run.rollouts.unavailable_from = 2
+    with pytest.raises(RolloutsUnavailable, match="the workers are gone"):
+        run.loop.run(5)
+    assert list(run.checkpoints.kept) == [2]
+    assert len(run.recorder.prompt_ids) == 2
+
+
+def test_without_rollouts_because_the_run_is_being_stopped(tmp_path: Path) -> None:
+    run = local_run(config(), tmp_path)
+    run.rollouts.unavailable_from = 2
+    run.loop.stop_code = lambda: 2 if ("take", 2) in run.rollouts.calls else 0
+    assert run.loop.run(5) == 2
+    assert list(run.checkpoints.kept) == [2]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run_unless_it_is_the_last(tmp_path: Path) -> None:
+    run = local_run(config(every_steps=1), tmp_path)
+    run.checkpoints.disk_is_full = True
+    with pytest.raises(TrainingError, match="last checkpoint, after 3 steps"):
+        run.loop.run(3)
+    assert len(losses(run)) == 3
+
+
+def test_a_skipped_step_counts_and_changes_no_state(tmp_path: Path) -> None:
+    run = local_run(config(), tmp_path)
+    run.engine.bad_steps = {2}
+    run.loop.run(3)
+    assert run.recorder.skipped_steps == [2]
+    assert [row["step"] for row in run.recorder.rows if "loss/total" in row] == [1, 3]
+    assert int(run.loop.state.steps) == 2, "trust and running means have not seen it"
+    assert run.recorder.rows[-2]["train/skipped_steps"] == 1
+    assert len(run.recorder.prompt_ids) == 3, "its prompts are used up"
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    run = local_run(config(), tmp_path)
+    run.engine.bad_steps = {1, 3, 4}
+    with pytest.raises(TrainingError, match=r"2 steps in a row, the last one step 4.*the loss; .*\[12, 13, 14, 15\]"):
+        run.loop.run(9)
+    assert list(run.checkpoints.kept) == [4]

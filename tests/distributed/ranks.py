@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.process
 import os
 import queue
 import time
@@ -21,15 +22,7 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) 
     Raises:
         AssertionError: a rank raised (with its traceback), died or took longer than the deadline.
     """
-    context = multiprocessing.get_context("spawn")
-    answers: Any = context.Queue()
-    port = free_port()
-    processes = [
-        context.Process(target=_rank_main, args=(function, rank, num_ranks, port, answers, arguments))
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
+    processes, answers = start_ranks(function, num_ranks, *arguments)
     results: dict[int, Any] = {}
     deadline = time.monotonic() + DEADLINE_SECONDS
     try:
@@ -52,6 +45,22 @@ def run_on_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) 
                 process.kill()
                 process.join()
     return [results[rank] for rank in range(num_ranks)]
+
+
+def start_ranks(
+    function: Callable[..., Any], num_ranks: int, *arguments: Any
+) -> tuple[list[multiprocessing.process.BaseProcess], Any]:
+    """(processes in rank order, queue of their (rank, traceback or None, result)); the caller ends them."""
+    context = multiprocessing.get_context("spawn")
+    answers: Any = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank_main, args=(function, rank, num_ranks, port, answers, arguments))
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    return list(processes), answers
 
 
 def _rank_main(

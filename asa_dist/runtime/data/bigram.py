@@ -34,6 +34,13 @@ class BigramBaseline:
         known = pairs[np.isin(pairs, self._pair_K)]
         self._pair_count_K += np.bincount(np.searchsorted(self._pair_K, known), minlength=len(self._pair_K))
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The counts, int64 [K] and [V]."""
+        return {"pair_count": self._pair_count_K, "input_count": self._input_count_V}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self._pair_count_K, self._input_count_V = state["pair_count"].copy(), state["input_count"].copy()
+
     def perplexity(self, sum_over_ranks: Callable[[np.ndarray], np.ndarray] = lambda counts: counts) -> float:
         """Per held-out target token, with the k of ``SMOOTHING_GRID`` that is best *on the held-out rows themselves*.
 

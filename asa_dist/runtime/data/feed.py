@@ -82,3 +82,12 @@ class CorpusFeed:
     def bigram_perplexity(self) -> float:
         """Of the training rows all ranks have seen so far, on the held-out rows. A collective."""
         return self._bigram.perplexity(lambda counts: self._sum_over_ranks(torch.from_numpy(counts)).numpy())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the bigram model has counted, on all ranks together; where the rows go on needs no state. A collective."""
+        local = self._bigram.state_dict()
+        return {name: self._sum_over_ranks(torch.from_numpy(counts)).long() for name, counts in local.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Rank 0 takes over what all had counted; the others begin at 0."""
+        self._bigram.load_state_dict({name: counts.numpy() * (self._rank == 0) for name, counts in state.items()})

@@ -1,0 +1,143 @@
+"""The loop's collaborators that join parts of the system: rollouts, engine, checkpoints, under one watchdog."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from asa_dist.asa.errors import RolloutsUnavailable
+from asa_dist.asa.objective import StepInputs, StepResult
+from asa_dist.asa.packing import MicroBatch
+from asa_dist.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from asa_dist.records import LedgerSnapshot, RolloutGroup
+from asa_dist.rollout.calls import RolloutTimeout
+from asa_dist.rollout.client import RolloutClient
+from asa_dist.rollout.coordinator import RolloutFailure
+from asa_dist.rollout.snapshot import dump_snapshot, load_snapshot
+from asa_dist.runtime.checkpoint import Checkpointer
+from asa_dist.runtime.data.prompts import PromptStream
+from asa_dist.runtime.engine import Placement, TrainEngine
+from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
+from asa_dist.runtime.model import AsaModel
+from asa_dist.runtime.stopping import ENDED_EARLY, StopRequests
+from asa_dist.runtime.watchdog import Watchdog
+
+
+class RolloutFeed:
+    """The loop's view of rollouts: rank 0 hands in prompts, every rank takes its groups and publishes its shard.
+
+    After the first failure nothing of Ray is touched any more: a process that talks to a dead Ray may be ended by it.
+    """
+
+    def __init__(
+        self, client: RolloutClient, prompts: PromptStream | None, prompts_per_step: int, engine: TrainEngine,
+        watchdog: Watchdog,
+    ):
+        self._client, self._prompts, self._per_step, self._engine = client, prompts, prompts_per_step, engine
+        self._watchdog = watchdog
+        self._problem = ""
+
+    def request(self, step: int) -> None:
+        if self._prompts is not None:
+            ids = range(step * self._per_step, (step + 1) * self._per_step)
+            prompts = [self._prompts.prompt(prompt_id) for prompt_id in ids]
+            self._attempt(lambda: self._client.submit_prompts(step, prompts))
+
+    def take(self, step: int) -> list[RolloutGroup]:
+        groups: list[RolloutGroup] = []
+        self._attempt(lambda: groups.extend(self._client.take(step)))
+        if self._problem:
+            raise RolloutsUnavailable(self._problem)
+        return groups
+
+    def publish(self, version: int) -> None:
+        self._attempt(lambda: self._client.publish(version, self._engine.generator_shards()))
+
+    def snapshot(self) -> bytes | None:
+        """Rank 0: queue and ledger; None if there are no rollouts any more: then they are generated again."""
+        kept: list[LedgerSnapshot] = []
+        if self._prompts is not None:
+            self._attempt(lambda: kept.append(self._client.snapshot()))
+        return dump_snapshot(kept[0]) if kept else None
+
+    def restore(self, snapshot: bytes | None, next_step: int) -> None:
+        """Rank 0, before the first request: what had been generated already need not be generated again."""
+        if self._prompts is not None and snapshot is not None:
+            self._attempt(lambda: self._client.restore(load_snapshot(snapshot), next_step))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Keeps the first failure for ``take`` to raise: all ranks are told there."""
+        if not self._problem:
+            try:
+                action()
+            except RolloutTimeout as error:
+                self._problem = str(error)
+                self._watchdog.dump(self._problem)
+            except RolloutFailure as error:
+                self._problem = str(error)
+
+
+class PeriodicCheckpoints:
+    """When a checkpoint is written, and what of the rollouts belongs into it."""
+
+    def __init__(
+        self, checkpointer: Checkpointer, config: CheckpointConfig, rollouts: RolloutFeed,
+        recorder: RunRecorder | SilentRecorder, stopping: StopRequests, watchdog: Watchdog, first_step: int,
+    ):
+        self._checkpointer, self._config, self._rollouts = checkpointer, config, rollouts
+        self._recorder, self._stopping, self._watchdog = recorder, stopping, watchdog
+        self._due_step = self._next_due(first_step)
+
+    def is_due(self, step: int) -> bool:
+        return step >= self._due_step
+
+    def save(self, step: int, state: dict[str, Tensor]) -> bool:
+        """A collective. After a failure it is due again soon."""
+        with self._watchdog.phase(f"writing the checkpoint of step {step}", self._config.timeout_seconds):
+            # what a signal ends may have ended Ray already: queued groups are then generated again
+            rollouts = None if self._stopping.code() == ENDED_EARLY else self._rollouts.snapshot()
+            result = self._checkpointer.save(step, state, rollouts, before_commit=self._recorder.sync)
+        if result.ok:
+            self._recorder.event("checkpoint", step=step, seconds=round(result.seconds, 3), bytes=result.num_bytes)
+            self._due_step = self._next_due(step)
+        else:
+            self._recorder.event("checkpoint_failed", step=step, reason=result.reason)
+            self._recorder.say(f"asa: warning: the checkpoint of step {step} could not be written: {result.reason}")
+            self._due_step = step + max(1, self._config.every_steps // 10)
+        return result.ok
+
+    def _next_due(self, step: int) -> int:
+        """The next multiple of ``every_steps``."""
+        return (step // self._config.every_steps + 1) * self._config.every_steps
+
+
+class WatchedEngine(TrainEngine):
+    """The engine under a watchdog: a collective may hang in native code without any error (a GPU waits for ever)."""
+
+    def __init__(
+        self, model: AsaModel, train: TrainConfig, optimizer: OptimizerConfig, dtype: str, placement: Placement,
+        watchdog: Watchdog,
+    ):
+        super().__init__(model, train, optimizer, dtype, placement)
+        # a step is several collectives, each with its own deadline where the backend keeps it
+        self._step_seconds = train.collective_timeout_seconds * (1 + train.accumulation_steps)
+        self._watchdog = watchdog
+
+    def train_step(
+        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
+    ) -> StepResult:
+        with self._watchdog.phase("training on a step", self._step_seconds):
+            return super().train_step(batches, inputs, learning_rates)
+
+    def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
+        with self._watchdog.phase("evaluating held-out rows", self._step_seconds):
+            return super().corpus_loss(batch, inputs)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        with self._watchdog.phase("summing over ranks", self._step_seconds):
+            return super().sum_over_ranks(values)
+
+    def max_over_ranks(self, values: Sequence[float]) -> list[float]:
+        with self._watchdog.phase("comparing with other ranks", self._step_seconds):
+            return super().max_over_ranks(values)

@@ -1,0 +1,254 @@
+"""What `asa inspect` says about a run folder: its ledger, its checkpoints, what died. Reads files only; no torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from asa_dist.config import ConfigError
+from asa_dist.config_text import read_tree
+from asa_dist.resume import config_path
+from asa_dist.runtime.checkpoint_files import (
+    ROLLOUTS,
+    CheckpointError,
+    CheckpointFolder,
+    FileRecord,
+    list_checkpoints,
+    read_manifest,
+    verify_files,
+)
+from asa_dist.runtime.run_lock import lock_holder
+from asa_dist.runtime.run_log import read_rows
+
+SHOWN_EVENTS = 10
+SHOWN_IDS = 5
+UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
+ROUTINE_EVENTS = {"checkpoint", "worker_started"}  # counted, but not listed
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Prompts by what became of them. Step s trains the prompts (s − 1) P … s P − 1."""
+
+    steps: int  # the last one in trained.jsonl
+    trained: int  # prompts, each counted once
+    lost: list[int]  # ids of steps that are over which were never trained on
+    repeated: list[int]  # ids trained on more than once
+    skipped_steps: int  # without an update: a loss or gradient was not finite
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """One checkpoint and its verdict."""
+
+    name: str
+    step: int
+    problems: list[str]  # each names the file; empty: complete
+    num_ranks: int | None = None  # None, here and below: the manifest is damaged
+    zero_stage: int | None = None
+    bytes: int | None = None
+    versions: dict[str, str] | None = None
+    open_prompts: int | None = None  # handed out, not yet trained on; None also: it holds no rollouts
+    open_groups: int | None = None  # those of them that are answered
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that `asa inspect` shows."""
+
+    run_dir: str
+    num_steps: int  # train.steps
+    worked_on_by: str | None  # None: nobody
+    ledger: Ledger
+    checkpoints: list[CheckpointReport]  # newest first
+    events: dict[str, int]  # how many of each
+    last_events: list[dict[str, Any]]  # without routine ones
+
+    @property
+    def step(self) -> int | None:
+        """Of the newest complete checkpoint: where the run goes on."""
+        return next((report.step for report in self.checkpoints if not report.problems), None)
+
+    @property
+    def status(self) -> str:
+        if self.worked_on_by is not None:
+            return f"running ({self.worked_on_by}), step {self.ledger.steps} of {self.num_steps}"
+        go_on = f"go on with: asa resume {shlex.quote(self.run_dir)}"
+        if self.step is None and self.checkpoints:
+            return "stopped; NONE of its checkpoints can be used"
+        if self.step is None:
+            return f"stopped; no checkpoint yet; start again with: asa resume {shlex.quote(self.run_dir)}"
+        if self.step >= self.num_steps:
+            return f"finished, {self.step} steps"
+        return f"stopped after step {self.step} of {self.num_steps}; {go_on}"
+
+    @property
+    def is_sound(self) -> bool:
+        """No prompt lost or repeated; and if there are checkpoints, one of them can be used."""
+        return not (self.ledger.lost or self.ledger.repeated) and (self.step is not None or not self.checkpoints)
+
+
+def inspect_run(run_dir: Path, *, is_quick: bool, progress: Callable[[str], None]) -> Inspection:
+    """
+    Args:
+        is_quick: compare the sizes of checkpoint files only; else their checksums: reads every byte.
+        progress: is told which file is read next.
+
+    Raises:
+        ConfigError: no run folder, or files in it that are none of a run's.
+    """
+    path = config_path(run_dir)
+    tree = read_tree(path)
+    try:
+        num_steps, prompts_per_step = int(tree["train"]["steps"]), int(tree["rollout"]["prompts_per_step"])
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(f"{path}: not the resolved config of a run: train.steps, rollout.prompts_per_step") from None
+    try:
+        ledger = tally(read_rows(run_dir / "trained.jsonl"), prompts_per_step)
+        events = list(read_rows(run_dir / "events.jsonl"))
+        counts = Counter(str(event["event"]) for event in events)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{run_dir}: a row of trained.jsonl or events.jsonl that no run writes: {error!r}") from None
+    return Inspection(
+        run_dir=str(run_dir),
+        num_steps=num_steps,
+        worked_on_by=lock_holder(run_dir),
+        ledger=ledger,
+        checkpoints=[examine(checkpoint, is_quick, progress) for checkpoint in list_checkpoints(run_dir)],
+        events=dict(sorted(counts.items())),
+        last_events=[event for event in events if event["event"] not in ROUTINE_EVENTS][-SHOWN_EVENTS:],
+    )
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------
+def tally(rows: Iterable[dict[str, Any]], prompts_per_step: int) -> Ledger:
+    """``rows``: those of trained.jsonl. One byte per prompt, so that long runs fit."""
+    times_trained = bytearray()  # by prompt id; at most 2
+    steps = skipped_steps = 0
+    for row in rows:
+        steps = max(steps, row["step"])
+        skipped_steps += bool(row.get("skipped"))
+        size = max(steps * prompts_per_step, *(1 + prompt_id for prompt_id in row["prompt_ids"]))
+        times_trained.extend(bytes(max(0, size - len(times_trained))))
+        for prompt_id in row["prompt_ids"]:
+            times_trained[prompt_id] = min(2, times_trained[prompt_id] + 1)
+    return Ledger(
+        steps=steps,
+        trained=len(times_trained) - times_trained.count(0),
+        lost=_positions(times_trained, 0),
+        repeated=_positions(times_trained, 2),
+        skipped_steps=skipped_steps,
+    )
+
+
+def _positions(values: bytearray, value: int) -> list[int]:
+    if not values.count(value):
+        return []  # as it should be, without a look at each of millions
+    return [position for position, found in enumerate(values) if found == value]
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------
+def examine(checkpoint: CheckpointFolder, is_quick: bool, progress: Callable[[str], None]) -> CheckpointReport:
+    """The verdict on one checkpoint."""
+    try:
+        manifest = read_manifest(checkpoint.path)
+    except CheckpointError as error:
+        return CheckpointReport(checkpoint.name, checkpoint.step, [str(error)])
+    problems: list[str] = []
+    for name, record in manifest.files.items():
+        progress(f"{checkpoint.name}/{name}, {in_units(record.bytes)}")
+        problems += _wrong_size(checkpoint.path, name, record) if is_quick else verify_files(
+            checkpoint.path, {name: record})
+    open_prompts, open_groups = None, None
+    if ROLLOUTS in manifest.files and not any(problem.startswith(ROLLOUTS) for problem in problems):
+        try:
+            open_prompts, open_groups = _open_rollouts(checkpoint.path / ROLLOUTS)
+        except ValueError as error:
+            problems.append(f"{ROLLOUTS}: {error}")
+    return CheckpointReport(
+        name=checkpoint.name,
+        step=checkpoint.step,
+        problems=problems,
+        num_ranks=manifest.num_ranks,
+        zero_stage=manifest.zero_stage,
+        bytes=sum(record.bytes for record in manifest.files.values()),
+        versions=manifest.versions,
+        open_prompts=open_prompts,
+        open_groups=open_groups,
+    )
+
+
+def _wrong_size(folder: Path, name: str, record: FileRecord) -> list[str]:
+    try:
+        size = (folder / name).stat().st_size
+    except OSError as error:
+        return [f"{name}: {error.strerror}"]
+    return [] if size == record.bytes else [f"{name}: {size:,} bytes instead of {record.bytes:,}"]
+
+
+def _open_rollouts(path: Path) -> tuple[int, int]:
+    """(prompts, groups) that wait for their step."""
+    from asa_dist.rollout.snapshot import load_snapshot
+
+    steps = load_snapshot(path.read_bytes()).steps
+    return sum(len(step.prompts) for step in steps), sum(len(step.groups) for step in steps)
+
+
+# --- for people, for programs -----------------------------------------------------------------------------------
+def as_json(found: Inspection) -> str:
+    """One object, with the derived values too."""
+    derived = {"status": found.status, "step": found.step, "is_sound": found.is_sound}
+    return json.dumps(asdict(found) | derived, indent=1, ensure_ascii=False)
+
+
+def as_text(found: Inspection) -> str:
+    ledger = found.ledger
+    lines = [
+        f"{found.run_dir}: {found.status}",
+        "ledger",
+        f"  trained: {ledger.trained:,} prompts in {ledger.steps:,} steps, {ledger.skipped_steps:,} of them skipped",
+        f"  lost: {_ids(ledger.lost)}; repeated: {_ids(ledger.repeated)}",
+        "checkpoints" + (", newest first" if found.checkpoints else ": none"),
+        *(line for report in found.checkpoints for line in _checkpoint_lines(report)),
+        "events" + ("" if found.events else ": none"),
+    ]
+    if found.events:
+        lines.append("  " + ", ".join(f"{count} {event}" for event, count in found.events.items()))
+    for event in found.last_events:
+        details = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
+        lines.append(f"  {event.get('time', '?')} {event['event']}: {details}".rstrip(": "))
+    return "\n".join(lines)
+
+
+def _checkpoint_lines(report: CheckpointReport) -> list[str]:
+    if report.versions is None:
+        what = "unknown content"
+    else:
+        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+        what = f"{report.num_ranks} rank(s), ZeRO-{report.zero_stage}, {in_units(report.bytes or 0)}; {versions}"
+    if report.open_prompts is not None:
+        what += f"; {report.open_prompts} prompts open, {report.open_groups} of them answered"
+    verdict = "DAMAGED " if report.problems else "complete"
+    return [f"  {report.name}  {verdict}  {what}", *(f"    {problem}" for problem in report.problems)]
+
+
+def _ids(ids: list[int]) -> str:
+    if not ids:
+        return "0"
+    more = ", …" if len(ids) > SHOWN_IDS else ""
+    return f"{len(ids):,} (prompts {', '.join(map(str, ids[:SHOWN_IDS]))}{more})"
+
+
+def in_units(num_bytes: int) -> str:
+    """With three digits and a decimal unit: 2.35 MB."""
+    size, unit = float(num_bytes), 0
+    while size >= 999.5 and unit < len(UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.3g} {UNITS[unit]}"

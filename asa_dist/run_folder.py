@@ -1,0 +1,78 @@
+"""The run folder, before anything trains: tokenised data, tokenizer, resolved config."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asa_dist.config import Config, ConfigError, dump_config
+from asa_dist.runtime.run_lock import hold_run_folder
+
+if TYPE_CHECKING:
+    from asa_dist.runtime.data.prepare import DataSummary
+
+
+def prepare_run_folder(config: Config, run_dir: Path, resume: bool = False) -> DataSummary:
+    """Data, tokenizer and resolved config in the run folder. Idempotent; one process does it.
+
+    Args:
+        resume: the folder may hold a run already, which is to go on.
+
+    Raises:
+        DataError: content or files that cannot be used, or a run folder that belongs to another run. A run folder
+            made for this call is removed again.
+    """
+    from asa_dist.runtime.checkpoint_files import write_atomically
+    from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.data.prepare import prepare
+    from asa_dist.runtime.stopping import forget_stop_request
+
+    is_new = not run_dir.exists()
+    try:
+        if (run_dir / "metrics.jsonl").exists() and not resume:
+            raise DataError(
+                f"{run_dir} holds a run already: go on with it by `asa resume {run_dir}`, or choose another folder "
+                "with --run-dir"
+            )
+        summary = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: print(message, flush=True))
+        write_atomically(run_dir / "config.yaml", dump_config(config))
+        forget_stop_request(run_dir)
+    except (DataError, OSError) as error:
+        if is_new:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise DataError(f"{error.filename or run_dir}: {error.strerror or error}") from None
+        raise
+    return summary
+
+
+@contextmanager
+def prepared_together(config: Config, run_dir: Path, rank: int, resume: bool) -> Iterator[None]:
+    """Rank 0 prepares and holds the run folder, the others wait; what it raises is raised on all ranks.
+
+    Raises:
+        ConfigError, DataError: as :func:`hold_run_folder` and :func:`prepare_run_folder`.
+    """
+    import torch.distributed as dist
+
+    from asa_dist.runtime.data.errors import DataError
+
+    # reading a large corpus takes longer than any collective may: a group of its own to wait in
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    problem: list[Exception | None] = [None]
+    with ExitStack() as held:
+        if rank == 0:
+            try:
+                held.enter_context(hold_run_folder(run_dir))
+                prepare_run_folder(config, run_dir, resume)
+            except (ConfigError, DataError) as error:
+                problem = [error]
+        dist.broadcast_object_list(problem, src=0, group=patient)
+        dist.destroy_process_group(patient)
+        if problem[0] is not None:
+            raise problem[0]
+        yield

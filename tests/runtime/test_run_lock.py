@@ -1,0 +1,95 @@
+"""One process per run folder, and no folder that stays locked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asa_dist.config import ConfigError
+from asa_dist.runtime.run_lock import RunInUseError, hold_run_folder, lock_holder
+
+HOLDER = """
+import sys
+from pathlib import Path
+from asa_dist.runtime.run_lock import hold_run_folder
+with hold_run_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+PARENT = """
+import subprocess, sys
+from pathlib import Path
+from asa_dist.runtime.run_lock import hold_run_folder
+with hold_run_folder(Path(sys.argv[1])) as held:
+    child = subprocess.Popen(["sleep", "60"], pass_fds=held)
+    print(child.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_holder(run_dir: Path) -> subprocess.Popen[str]:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run_dir)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_only_one_process_at_a_time(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    who = f"process {holder.pid} on host {socket.gethostname()} works on it"
+    assert lock_holder(tmp_path) == who
+    with pytest.raises(RunInUseError) as refused, hold_run_folder(tmp_path):
+        pass
+    assert str(refused.value) == f"{tmp_path} is in use: {who}"
+    holder.communicate()
+    assert lock_holder(tmp_path) is None and list(tmp_path.iterdir()) == []
+    with hold_run_folder(tmp_path):
+        assert lock_holder(tmp_path) == f"process {os.getpid()} on host {socket.gethostname()} works on it"
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    holder.kill()
+    holder.communicate()
+    assert (tmp_path / ".lock").exists()
+    assert lock_holder(tmp_path) is None
+    with hold_run_folder(tmp_path):
+        pass
+
+
+def test_a_child_may_prolong_it(tmp_path: Path) -> None:
+    """`asa train` is killed, its launcher lives."""
+    holder = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        holder.kill()
+        holder.wait()
+        ended = "(it has ended; what it started has not yet)"
+        assert lock_holder(tmp_path) == f"process {holder.pid} on host {socket.gethostname()} works on it {ended}"
+    finally:
+        os.kill(child, signal.SIGKILL)
+    holder.communicate()  # its pipe closes with the child
+    assert lock_holder(tmp_path) is None
+
+
+def test_a_folder_made_for_nothing_goes_again(tmp_path: Path) -> None:
+    with hold_run_folder(tmp_path / "runs/new"):
+        pass
+    assert not (tmp_path / "runs/new").exists()
+    with hold_run_folder(tmp_path / "runs/new"):
+        (tmp_path / "runs/new/config.yaml").touch()
+    assert [path.name for path in (tmp_path / "runs/new").iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^run folder .*/file: File exists$"), hold_run_folder(tmp_path / "file"):
+        pass
