@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from asa_dist.config import Config, ConfigError
-from asa_dist.resume import latest_step
+from asa_dist.runtime.checkpoint_files import list_checkpoints
 from asa_dist.runtime.run_lock import hold_run_folder
 from asa_dist.runtime.stopping import EXIT_ENDED_EARLY, STOP_SIGNALS, ask_to_stop, tell
 
@@ -170,15 +170,16 @@ def report_end(code: int, killed_by: int | None, run_dir: Path, num_steps: int) 
     Returns:
         the exit code of `asa train`.
     """
-    step = latest_step(run_dir)
-    where = f"the last checkpoint is that of step {step}" if step is not None else "there is no checkpoint yet"
-    go_on = f"{where}; go on with: asa resume {shlex.quote(str(run_dir))}"
+    newest = next(iter(list_checkpoints(run_dir)), None)
+    after_step = f" after step {newest.step}" if newest else ""
+    last = f"last checkpoint: {newest.path}" if newest else "no checkpoint yet"
+    go_on = f"{last}; go on with: asa resume {shlex.quote(str(run_dir))}"
     if code == 0:
-        is_finished = step is not None and step >= num_steps
-        print(f"finished: {run_dir}" if is_finished else f"stopped; {go_on}", flush=True)
+        is_finished = newest is not None and newest.step >= num_steps
+        print(f"finished: {run_dir}" if is_finished else f"stopped{after_step}; {go_on}", flush=True)
         return 0
     if code == EXIT_ENDED_EARLY:
-        print(f"ended early; {go_on}", flush=True)
+        print(f"ended early{after_step}; {go_on}", flush=True)
         return code
     if killed_by is not None:
         print(f"asa: stopped at once; {go_on}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,6 +97,8 @@ def rollout_actors(
         yield
     finally:
         system.stop()
+        with contextlib.suppress(OSError):
+            (run_dir / "stacks").rmdir()  # unless something was written there
 
 
 @contextmanager

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from asa_dist.runtime.stopping import StopRequests
     from asa_dist.runtime.watchdog import Watchdog
 
-EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY = 1, 2, 75  # 75: nothing is wrong, queue me again
+EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -174,7 +174,7 @@ def _train_prepared(
     from asa_dist.runtime.data.prepare import prepare
     from asa_dist.runtime.data.tokenizer import load_tokenizer
     from asa_dist.runtime.model import build_model, count_parameters
-    from asa_dist.runtime.stopping import ENDED_EARLY
+    from asa_dist.runtime.stopping import ENDED_EARLY, EXIT_ENDED_EARLY
 
     rank = placement.rank
     data = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: None)
@@ -204,6 +204,7 @@ def _train_prepared(
         if loop.finished == config.train.steps:
             recorder.event("finished", step=loop.finished)
         elif stop != GO_ON:
+            recorder.say(f"asa: stopped after step {loop.finished}: {stopping.reason()}")
             recorder.event("stopped", step=loop.finished, reason=stopping.reason())
         engine.close()
     return EXIT_ENDED_EARLY if stop == ENDED_EARLY and loop.finished < config.train.steps else 0
@@ -219,8 +220,8 @@ def _announce(
     recorder.say(_headline(config, placement, counts))
     for warning in doubtful_settings(config):
         recorder.say(f"asa: warning: {warning}")
-    if resumed:
-        recorder.say(f"going on after step {first_step}")
+    if damaged:
+        recorder.say(f"going on after step {first_step} instead")
     layout = {"ranks": placement.num_ranks, "zero_stage": config.train.zero_stage}
     recorder.event("resumed" if resumed else "started", step=first_step, **layout)
 

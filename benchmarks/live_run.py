@@ -31,9 +31,9 @@ def kind_of(process: psutil.Process) -> str:
     """"asa", "launcher", "rank 0", …, "coordinator", "worker", "raylet", "gcs"; "" for any other, or if it is gone."""
     try:
         words = process.cmdline()
-        if "ray::Coordinator" in " ".join(words):
+        if ":Coordinator" in " ".join(words):
             return "coordinator"
-        if "ray::RolloutWorker" in " ".join(words):
+        if ":RolloutWorker" in " ".join(words):
             return "worker"
         if words and Path(words[0]).name in ("raylet", "gcs_server"):
             return {"raylet": "raylet", "gcs_server": "gcs"}[Path(words[0]).name]

@@ -148,33 +148,37 @@ def test_before_anything_is_launched_the_first_signal_ends_it(
 
 
 # --- the last words -----------------------------------------------------------------------------------------------
-RESUME = "go on with: asa resume {}\n"
+NO_CHECKPOINT = "no checkpoint yet; go on with: asa resume {}\n"
+STEP_4 = "last checkpoint: {}/checkpoints/step-00000004; go on with: asa resume {}\n"
 
 
 @pytest.mark.parametrize(("code", "killed_by", "step", "expected", "words"), [
     (0, None, 10, 0, "finished: {}\n"),
     (0, signal.SIGINT, 10, 0, "finished: {}\n"),
-    (0, None, 4, 0, "stopped; the last checkpoint is that of step 4; " + RESUME),
-    (0, None, None, 0, "stopped; there is no checkpoint yet; " + RESUME),
-    (75, None, 4, 75, "ended early; the last checkpoint is that of step 4; " + RESUME),
-    (-9, signal.SIGINT, 4, 130, "asa: stopped at once; the last checkpoint is that of step 4; " + RESUME),
-    (-9, signal.SIGTERM, None, 143, "asa: stopped at once; there is no checkpoint yet; " + RESUME),
-    (1, None, 4, 1, "asa: the run failed (exit code 1); the last checkpoint is that of step 4; " + RESUME),
-    (247, None, 4, 247, "asa: the run failed (a rank was ended by signal 9); the last checkpoint is that of step 4; "
-     + RESUME),
-    (-15, None, 4, 143, "asa: the run failed (the launcher was ended by signal 15); the last checkpoint is that of "
-     "step 4; " + RESUME),
+    (0, None, 4, 0, "stopped after step 4; " + STEP_4),
+    (0, None, None, 0, "stopped; " + NO_CHECKPOINT),
+    (75, None, 4, 75, "ended early after step 4; " + STEP_4),
+    (-9, signal.SIGINT, 4, 130, "asa: stopped at once; " + STEP_4),
+    (-9, signal.SIGTERM, None, 143, "asa: stopped at once; " + NO_CHECKPOINT),
+    (1, None, 4, 1, "asa: the run failed (exit code 1); " + STEP_4),
+    (247, None, 4, 247, "asa: the run failed (a rank was ended by signal 9); " + STEP_4),
+    (-15, None, 4, 143, "asa: the run failed (the launcher was ended by signal 15); " + STEP_4),
 ])
 def test_last_words(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int, killed_by: int | None, step: int | None,
     expected: int, words: str,
 ) -> None:
-    run_dir = tmp_path / "my run"
+    run_dir = tmp_path / "run"
     write_run(run_dir)
     for earlier in range(1, (step or 0) + 1):
         write_checkpoint(run_dir, earlier)
     assert report_end(code, killed_by, run_dir, num_steps=10) == expected
     printed = capfd.readouterr()
-    as_typed = run_dir if words.startswith("finished") else f"'{run_dir}'"
-    assert (printed.err if words.startswith("asa: ") else printed.out) == words.format(as_typed)
+    assert (printed.err if words.startswith("asa: ") else printed.out) == words.format(run_dir, run_dir)
     assert printed.out == "" or printed.err == ""
+
+
+def test_the_command_can_be_pasted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "my run")
+    report_end(0, None, tmp_path / "my run", num_steps=10)
+    assert capfd.readouterr().out.endswith(f"asa resume '{tmp_path}/my run'\n")

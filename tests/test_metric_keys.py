@@ -20,5 +20,5 @@ def explained_keys() -> list[str]:
 
 def test_readme_explains_every_key_once_and_no_other(tmp_path: Path) -> None:
     run = local_run(tiny.config(stage=0), tmp_path)
-    run.loop.run(0, 1)
+    run.loop.run(1)
     assert sorted(explained_keys()) == sorted(set().union(*run.recorder.rows))

@@ -101,6 +101,7 @@ class AsaLoop:
     learning_rates: Callable[[int], dict[str, float]]
     stop_code: Callable[[], int]  # GO_ON, or why to stop; the largest of all ranks counts
     finished: int = 0  # steps; = the policy version
+    saved: int = 0  # steps of the newest checkpoint
     counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0.0))  # since the first step
     skipped_in_a_row: int = 0
 
@@ -224,10 +225,13 @@ class AsaLoop:
 
     # --- between two steps --------------------------------------------------------------------------------------
     def _save(self) -> bool:
+        if self.saved == self.finished > 0:
+            return True  # nothing has been trained since
         started = time.monotonic()
         saved = self.checkpoints.save(self.finished, self.state_dict())
         seconds = time.monotonic() - started
         if saved:
+            self.saved = self.finished
             self.recorder.metrics({"step": self.finished, "time/checkpoint_seconds": seconds})
         return saved
 
@@ -245,7 +249,7 @@ class AsaLoop:
         def part(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
-        self.finished = finished
+        self.finished = self.saved = finished
         self.state.load_state_dict(part("alignment"))
         self.corpus.load_state_dict(part("corpus"))
         self.counters = {name: float(value) for name, value in part("counters").items()}

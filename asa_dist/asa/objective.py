@@ -215,7 +215,10 @@ def head_losses(
     num_pairs, num_contentful = max(counts.sibling_pairs, 1.0), max(counts.contentful, 1.0)
     embedding = ((heads.cosine_PGG - scored.f1_PGG).square() * pair_PGG).sum() / num_pairs
     # F1 of real token sets can exceed 1 by a rounding error
-    indicator_PGG = F.binary_cross_entropy(heads.indicator_PGG, scored.f1_PGG.clamp(0, 1), reduction="none")
+    target_PGG = scored.f1_PGG.clamp(0, 1)
+    # it raises on NaN, on one rank alone; here NaN must become a NaN loss, on which all ranks skip the step together
+    indicator_PGG = F.binary_cross_entropy(heads.indicator_PGG.nan_to_num(0.5), target_PGG, reduction="none")
+    indicator_PGG = indicator_PGG + (heads.indicator_PGG * 0).detach()
     indicator = (indicator_PGG * pair_PGG).sum() / num_pairs
     error_PGM = (heads.behaviour_PGM - scored.intrinsic.signal_PGM).square() * has_content_PG.unsqueeze(-1)
     return (

@@ -184,11 +184,12 @@ class Supervisor:
             self._on_event("worker_given_up", event)
 
     def _stacks(self, worker_id: str) -> str:
-        """Where a dead worker left its stacks, if it did; a file in which nothing was dumped is removed."""
+        """Which deadline a dead worker passed, if it did; a file of stacks in which nothing was dumped is removed."""
         path = stacks_file(self._stacks_folder, worker_id)
         with contextlib.suppress(FileNotFoundError):
-            if len(path.read_bytes().splitlines()) > 1:
-                return f"; its stacks: {path}"
+            headline, *stacks = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            if stacks:
+                return f"; {headline}; its stacks: {path}"
             path.unlink()
         return ""
 

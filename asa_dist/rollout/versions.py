@@ -34,7 +34,7 @@ class Republish:
     """
 
     version: int
-    reason: str = ""  # what the worker found
+    reason: str  # what the worker found
 
 
 @dataclass

@@ -82,6 +82,7 @@ class RolloutWorker:
             import torch  # before the first heartbeat: loading its libraries can stop all threads for a while
 
             torch.set_num_threads(self._rollout.threads_per_worker)
+            self._phase = "building the engine"
             with self._heartbeats():
                 self._work()
         except Exception as error:
@@ -89,7 +90,6 @@ class RolloutWorker:
             raise WorkerError(message) from error
 
     def _work(self) -> None:
-        self._phase = "building the engine"
         with self._deadline(self._rollout.timeout_seconds):
             engine = self._build_engine()
         while (order := self._next_order()) is not None:

@@ -60,7 +60,6 @@ class LoadedCheckpoint:
     loop_state: dict[str, Tensor]  # on the CPU, on every rank
     rollouts: bytes | None  # on rank 0, if any were saved; None on the others
     manifest: Manifest
-    damaged: dict[str, str]  # newer ones that cannot be used: name → what is wrong
 
 
 class _FailedOnARank(Exception):
@@ -84,8 +83,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, engine: TrainEngine,
-        on_damaged: Callable[[str, str], None] | None = None,
+        self, run_dir: Path, config: CheckpointConfig, engine: TrainEngine, on_damaged: Callable[[str, str], None]
     ):
         self._run_dir, self._keep, self._engine, self._on_damaged = run_dir, config.keep, engine, on_damaged
         self._rank, self._num_ranks = engine.placement.rank, engine.placement.num_ranks
@@ -97,7 +95,9 @@ class Checkpointer:
         self, step: int, loop_state: dict[str, Tensor], rollouts: bytes | None,
         before_commit: Callable[[], bool] | None = None,
     ) -> SaveResult:
-        """Writes the checkpoint after ``step`` steps: complete and durable on return, or as if never begun.
+        """Writes the checkpoint after ``step`` steps: complete and durable on return, or the previous one stands.
+
+        Should no more than ``latest`` or the removal of old ones fail, the new one stands too: it is what loads.
 
         Args:
             loop_state: of any dtypes and shapes; rank 0's counts.
@@ -162,7 +162,7 @@ class Checkpointer:
             if manifest is not None and not problems:
                 return self._load(self._run_dir / files.FOLDER / name, manifest)
             self._damaged[name] = "; ".join(problems)
-            if self._rank == 0 and self._on_damaged is not None:
+            if self._rank == 0:
                 self._on_damaged(name, self._damaged[name])
         if self._damaged:
             listed = "".join(f"\n  {name}: {reason}" for name, reason in self._damaged.items())
@@ -210,7 +210,6 @@ class Checkpointer:
             safetensors.torch.load((folder / files.LOOP).read_bytes()),
             (folder / files.ROLLOUTS).read_bytes() if has_rollouts else None,
             manifest,
-            dict(self._damaged),
         )
 
     # --- what one decides, all decide ------------------------------------------------------------------------------

@@ -101,11 +101,11 @@ def no_update(optimizer: Any, innermost: torch.optim.Optimizer) -> Iterator[None
     optimizer, which owns moments and step counts, stands still. Gradients of zero would not do: Adam would still move.
     """
     are_linked = getattr(optimizer, "_hp_optimizer_states_linked", None)
-    innermost.step = lambda closure=None: None  # type: ignore[method-assign]  # shadows the class's
+    vars(innermost)["step"] = lambda closure=None: None  # shadows the class's
     try:
         yield
     finally:
-        del innermost.step  # type: ignore[method-assign]
+        del vars(innermost)["step"]
         if are_linked is not None:  # else DeepSpeed would believe to have linked moments that do not exist yet
             optimizer._hp_optimizer_states_linked = are_linked
             for parameter in [parameter for parameter, state in innermost.state.items() if not state]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -128,14 +129,16 @@ class RunRecorder:
 
     def event(self, name: str, /, **details: Any) -> None:
         """Adds to events.jsonl what happened to the run, with the time (UTC)."""
-        self._append(EVENT_LOG, {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **details})
+        time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._append(EVENT_LOG, {"time": time_utc, "event": name, **details})
 
     def say(self, message: str) -> None:
         """One line for whoever watches."""
         self._progress.say(message)
 
     def metrics(self, values: dict[str, float]) -> None:
-        self._append("metrics", values)
+        # null: not finite, which JSON cannot say; a diagnostic may be so in a step whose update is sound
+        self._append("metrics", {name: value if math.isfinite(value) else None for name, value in values.items()})
         self._progress.show(values)
         self._warn_of_disagreement(values)
 

@@ -187,7 +187,7 @@ def write_shard(path: Path, pieces: Sequence[Piece]) -> FileRecord:
         header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    data = (memoryview(tensor.cpu().numpy()).cast("B") for tensor in tensors.values())
+    data = (tensor.cpu().numpy().data.cast("B") for tensor in tensors.values())
     return write_file(path, chain((len(text).to_bytes(8, "little"), text), data))
 
 

@@ -20,6 +20,7 @@ from asa_dist.config import ConfigError
 
 LOCK_FILE = ".lock"
 PATIENCE_SECONDS = 1.0  # `lock_holder` holds the lock for a moment, too
+ENDING_PATIENCE_SECONDS = 30.0  # what a killed process has started ends by itself
 NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # e.g. Lustre mounted without -o flock
 
 
@@ -58,7 +59,7 @@ def hold_run_folder(run_dir: Path) -> Iterator[tuple[int, ...]]:
 
 def _acquire(path: Path) -> int | None:
     """The descriptor that holds the lock; None: there are no locks here."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    started = time.monotonic()
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -68,8 +69,8 @@ def _acquire(path: Path) -> int | None:
                 os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
                 return descriptor
         except BlockingIOError:
-            if time.monotonic() > deadline:
-                holder = os.pread(descriptor, 1000, 0).decode()
+            holder = os.pread(descriptor, 1000, 0).decode()
+            if time.monotonic() - started > (ENDING_PATIENCE_SECONDS if _has_ended(holder) else PATIENCE_SECONDS):
                 os.close(descriptor)
                 raise RunInUseError(f"{path.parent} is in use: {_describe(holder)}") from None
             time.sleep(0.05)
@@ -110,11 +111,23 @@ def _is_file(path: Path, descriptor: int) -> bool:
     return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
 
 
-def _describe(holder: str) -> str:
+def _has_ended(holder: str) -> bool:
+    """Whether the process that took the lock is known to be gone: then children of it hold the lock."""
     import psutil
 
     pid, _, host = holder.strip().partition(" ")
-    if not pid.isdecimal():  # it has just been taken
+    if host != socket.gethostname():
+        return False
+    try:
+        return psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _describe(holder: str) -> str:
+    """``holder``: content of the lock file."""
+    pid, _, host = holder.strip().partition(" ")
+    if not host:  # it has just been taken
         return "another process has just started to work on it"
-    ended = host == socket.gethostname() and not psutil.pid_exists(int(pid))
-    return f"process {pid} on host {host} works on it" + (" (it has ended; what it started has not yet)" * ended)
+    ended = " (it has ended; what it started has not yet)" if _has_ended(holder) else ""
+    return f"process {pid} on host {host} works on it{ended}"

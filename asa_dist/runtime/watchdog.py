@@ -22,6 +22,7 @@ from typing import Self
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # beyond a deadline, until the watchdog's own thread counts as unable to run
 LONGEST_TIMER_SECONDS = 1e6
+STDERR = 2  # the descriptor: whatever stands in sys.stderr
 EXIT_FAILED = 1
 
 
@@ -88,7 +89,7 @@ class Watchdog:
                 file.write("\n")
         except OSError as error:
             print(f"asa: {self._stacks}: {error.strerror}; the stacks:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            faulthandler.dump_traceback(STDERR, all_threads=True)
             return None
         return self._stacks
 
@@ -115,7 +116,7 @@ class Watchdog:
                 self._end_process(next_due, phases)
             # native code that hangs with the interpreter's lock would stop this thread too: a timer without Python
             timer_seconds = min(max(0.0, next_due.left_seconds) + GRACE_SECONDS, LONGEST_TIMER_SECONDS)
-            faulthandler.dump_traceback_later(timer_seconds, exit=True)
+            faulthandler.dump_traceback_later(timer_seconds, exit=True, file=STDERR)
         faulthandler.cancel_dump_traceback_later()
 
     def _end_process(self, phase: _Phase, phases: list[_Phase]) -> None:

@@ -63,10 +63,10 @@ def started(placement: Placement, case: Case, moved: bool = False, **changes: An
     engine.engine.destroy()
 
 
-def checkpointer(
-    engine: TrainEngine, folder: Path, on_damaged: Callable[[str, str], None] | None = None
-) -> Checkpointer:
-    return Checkpointer(folder, CheckpointConfig(keep=3, timeout_seconds=60.0), engine, on_damaged)
+def checkpointer(engine: TrainEngine, folder: Path, told: dict[str, str] | None = None) -> Checkpointer:
+    """Rank 0's notes the damaged ones in ``told``: name → what is wrong."""
+    noted: dict[str, str] = {} if told is None else told
+    return Checkpointer(folder, CheckpointConfig(keep=3, timeout_seconds=60.0), engine, noted.__setitem__)
 
 
 def folder_of(root: str, num_ranks: int, case: Case) -> Path:
@@ -205,7 +205,19 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def damaged_ones(placement: Placement, root: str) -> dict[str, tuple[list[str], int, bool]]:
+def file_faults(placement: Placement, root: str) -> dict[str, Any]:
+    """Everything that needs no killing, in one start of the processes."""
+    with started(placement, FLOAT32) as engine:
+        undisturbed = train(engine, 3)
+    return {
+        "undisturbed": undisturbed,
+        "damaged": damaged_ones(placement, f"{root}/damaged"),
+        "all damaged": all_damaged(placement, f"{root}/all damaged"),
+        "full disk": full_disk(placement, f"{root}/full"),
+    }
+
+
+def damaged_ones(placement: Placement, root: str) -> dict[str, tuple[dict[str, str], int, bool]]:
     """By damage done to the newer of two: (what rank 0 was told, step loaded, whether its weights are that step's)."""
     outcomes = {}
     with started(placement, FLOAT32) as engine:
@@ -217,15 +229,13 @@ def damaged_ones(placement: Placement, root: str) -> dict[str, tuple[list[str], 
             assert writer.save(step, loop_state(step), None).ok
             states[step] = state(engine)
         for damage, act in DAMAGES.items():
-            folder, told = Path(root) / damage, []
+            folder, told = Path(root) / damage, dict[str, str]()
             if placement.rank == 0:
                 shutil.copytree(intact, folder)
                 act(folder / "checkpoints" / "step-00000002")
             dist.barrier()
-            reader = checkpointer(engine, folder, lambda *said, told=told: told.append(": ".join(said)))
-            loaded = reader.load()
+            loaded = checkpointer(engine, folder, told).load()
             assert loaded is not None and int(loaded.loop_state["step"]) == loaded.step
-            assert told == ([f"{name}: {why}" for name, why in loaded.damaged.items()] if placement.rank == 0 else [])
             outcomes[damage] = (told, loaded.step, same(state(engine), states[loaded.step]))
             train(engine, 1)
     return outcomes
@@ -253,11 +263,6 @@ def all_damaged(placement: Placement, root: str) -> str:
             assert same(before, state(engine)), "something was loaded"
             return str(error)
     return "no error"
-
-
-def straight_losses(placement: Placement) -> list[float]:
-    with started(placement, FLOAT32) as engine:
-        return train(engine, 3)
 
 
 def full_disk(placement: Placement, root: str) -> dict[str, Any]:
@@ -309,9 +314,10 @@ def after_the_kill(placement: Placement, roots: list[str]) -> list[tuple[int, se
     found = []
     with started(placement, FLOAT32) as engine:
         for root in roots:
-            reader = checkpointer(engine, Path(root))
+            told: dict[str, str] = {}
+            reader = checkpointer(engine, Path(root), told)
             loaded = reader.load()
-            assert loaded is not None and loaded.damaged == {} and int(loaded.loop_state["step"]) == loaded.step
+            assert loaded is not None and told == {} and int(loaded.loop_state["step"]) == loaded.step
             values = {float(v) for shard in served(engine) for v in shard}
             assert reader.save(loaded.step + 1, loop_state(loaded.step + 1), None).ok
             found.append((loaded.step, values))

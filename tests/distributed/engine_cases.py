@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import torch
 
-from asa_dist.runtime.engine import Placement, TrainEngine, TrainingError
+from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.model import PHI, PSI, XI
 from tests.distributed import tiny
 from tests.distributed.ranks import run_on_ranks
@@ -63,25 +62,6 @@ def golden_step(placement: Placement) -> dict[str, float]:
     values["loss/total after the step"] = float(engine.sum_over_ranks(again.sums["loss/total"]))
     engine.engine.destroy()
     return values
-
-
-def nonfinite_reward(placement: Placement) -> tuple[str, bool]:
-    """Rank 0 alone gets features that make ω, and so R_self, not a number."""
-    settings = tiny.config(3, placement.num_ranks)
-    engine = tiny.engine(tiny.model(settings), settings, placement)
-    before = _generator(engine)
-    inputs = tiny.inputs()
-    if placement.rank == 0:
-        inputs = replace(inputs, progress_F=torch.full((5,), float("nan")))
-    try:
-        engine.train_step(
-            tiny.micro_batches(placement.num_ranks, placement.rank, 1), inputs, {PSI: 0.1, PHI: 0.1, XI: 0.1}
-        )
-    except TrainingError as error:
-        return str(error), torch.equal(before, _generator(engine))
-    finally:
-        engine.engine.destroy()
-    return "no error", False
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
+from asa_dist.runtime.checkpoint_files import read_manifest
+from asa_dist.runtime.parameter_state import KINDS
 from tests.distributed import checkpoint_cases as cases
 from tests.distributed.checkpoint_cases import CASES, FLOAT32, SAVED_AFTER, Seen
 from tests.distributed.ranks import run_on_ranks
@@ -16,14 +21,18 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> dict[str, list[Any]]:
     """What each rank saw; every entry is a set of fresh processes, and each reads what those before it wrote."""
-    root = str(tmp_path_factory.mktemp("runs"))
     return {
-        "straight at 2": run_on_ranks(cases.straight, 2, root),
-        "straight at 1": run_on_ranks(cases.one_rank, 1, root),
-        "resumed at 2": run_on_ranks(cases.two_ranks_again, 2, root),
-        "resumed at 1": run_on_ranks(cases.another_model, 1, root),
+        "straight at 2": run_on_ranks(cases.straight, 2, str(root)),
+        "straight at 1": run_on_ranks(cases.one_rank, 1, str(root)),
+        "resumed at 2": run_on_ranks(cases.two_ranks_again, 2, str(root)),
+        "resumed at 1": run_on_ranks(cases.another_model, 1, str(root)),
     }
 
 
@@ -69,11 +78,35 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(runs: dict[str, list[A
     assert "lm.lm_head.weight is absent there" in absent, absent
 
 
-def test_no_pickle_and_one_shard_per_rank(runs: dict[str, list[Any]], tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = next(tmp_path_factory.getbasetemp().glob("runs*")) / "2-3-float32-0" / "checkpoints"
-    found = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+def test_no_pickle_and_one_shard_per_rank(runs: dict[str, list[Any]], root: Path) -> None:
+    folder = cases.folder_of(str(root), 2, FLOAT32) / "checkpoints"
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert found == [
         "latest", "step-00000002/loop.safetensors", "step-00000002/manifest.json",
         "step-00000002/rollouts.safetensors", "step-00000002/shards/rank-00000.safetensors",
         "step-00000002/shards/rank-00001.safetensors",
     ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shards_hold_every_element_once_and_no_padding(
+    runs: dict[str, list[Any]], root: Path, case: cases.Case
+) -> None:
+    folder = cases.folder_of(str(root), 2, case) / "checkpoints" / "step-00000002"
+    found: dict[str, list[tuple[int, int]]] = {}  # KIND/NAME → (start, length) of its pieces
+    for path in (folder / "shards").iterdir():
+        with safe_open(path, framework="np") as file:
+            starts = json.loads(file.metadata()["pieces"])
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                tensor = file.get_tensor(name)
+                assert tensor.dtype == np.float32
+                found.setdefault(name, []).append((starts[name.partition("/")[2]][0], len(tensor)))
+    shapes = read_manifest(folder).parameters
+    assert found.keys() == {f"{kind}/{name}" for kind in KINDS for name in shapes}
+    for name, pieces in found.items():
+        end = 0
+        for start, length in sorted(pieces):
+            assert start == end, name
+            end += length
+        assert end == math.prod(shapes[name.partition("/")[2]]), name
+    assert any(math.prod(shape) % 2 for shape in shapes.values()), "nothing here needs padding"

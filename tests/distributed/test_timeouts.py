@@ -48,7 +48,7 @@ def test_a_rank_that_stands_still_is_an_error_at_the_deadline(stage: int) -> Non
         rank, failure, seen = answers.get(timeout=ANSWER_SECONDS)
         waited_seconds = time.monotonic() - stopped
         assert (rank, failure) == (0, None)
-        assert TIMEOUT_SECONDS - 2 < waited_seconds, "not the deadline, but something before it"
+        assert waited_seconds > TIMEOUT_SECONDS - 2, "not the deadline, but something before it"
         assert len(seen.losses) == NUM_STEPS // 2
         assert seen.complaint.startswith(f"rank 0 on {socket.gethostname()}: another rank did not answer for 10 s")
         assert "train.collective_timeout_seconds" in seen.complaint
@@ -57,9 +57,8 @@ def test_a_rank_that_stands_still_is_an_error_at_the_deadline(stage: int) -> Non
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_rank_that_is_killed_is_an_error_at_once(stage: int) -> None:
-    with two_ranks(stage, NEVER_SECONDS, signal.SIGKILL) as (processes, answers):
+def test_a_rank_that_is_killed_is_an_error_at_once() -> None:
+    with two_ranks(3, NEVER_SECONDS, signal.SIGKILL) as (processes, answers):
         rank, failure, seen = answers.get(timeout=ANSWER_SECONDS)
         assert (rank, failure) == (0, None)
         assert len(seen.losses) == NUM_STEPS // 2
@@ -69,10 +68,9 @@ def test_a_rank_that_is_killed_is_an_error_at_once(stage: int) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_pause_shorter_than_the_deadline_changes_nothing(stage: int) -> None:
-    undisturbed = run_on_ranks(train_while_rank_1_gets, 2, stage, NEVER_SECONDS, None)
-    with two_ranks(stage, NEVER_SECONDS, signal.SIGSTOP) as (processes, answers):
+def test_a_pause_shorter_than_the_deadline_changes_nothing() -> None:
+    undisturbed = run_on_ranks(train_while_rank_1_gets, 2, 3, NEVER_SECONDS, None)
+    with two_ranks(3, NEVER_SECONDS, signal.SIGSTOP) as (processes, answers):
         wait_until_stopped(processes[1], answers)
         time.sleep(1.0)  # rank 0 waits meanwhile
         os.kill(processes[1].pid or 0, signal.SIGCONT)

@@ -38,6 +38,7 @@ def train_while_rank_1_gets(
             result = engine.train_step(batches, tiny.inputs(), {PSI: 1e-2, PHI: 1e-2, XI: 1e-2})
             losses.append(float(engine.sum_over_ranks(result.sums["loss/total"])))
     except RuntimeError as error:
-        assert is_lost_peer(error)
+        if not is_lost_peer(error):
+            raise
         return Seen(losses, describe_lost_peer(error, placement.rank))
     return Seen(losses)

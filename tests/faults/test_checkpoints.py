@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from asa_dist.runtime.checkpoint_files import PARTIAL, list_checkpoints, read_latest, verify
@@ -22,8 +21,14 @@ DEADLINE_SECONDS = 120.0
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_on_ranks(cases.damaged_ones, NUM_RANKS, str(tmp_path_factory.mktemp("damaged")))
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def outcomes(root: Path) -> list[dict[str, Any]]:
+    """Of each rank."""
+    return run_on_ranks(cases.file_faults, NUM_RANKS, str(root))
 
 
 @pytest.mark.parametrize(("damage", "reason"), [
@@ -37,33 +42,35 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
     outcomes: list[dict[str, Any]], damage: str, reason: str
 ) -> None:
-    (told, *_), (told_rank_1, *_) = (of_rank[damage] for of_rank in outcomes)
-    assert len(told) == 1 and told[0].startswith(f"step-00000002: {reason}") and told_rank_1 == []
+    (told, *_), (told_rank_1, *_) = (of_rank["damaged"][damage] for of_rank in outcomes)
+    assert list(told) == ["step-00000002"] and told["step-00000002"].startswith(reason) and told_rank_1 == {}
     for rank, of_rank in enumerate(outcomes):
-        _, step, is_that_step = of_rank[damage]
+        _, step, is_that_step = of_rank["damaged"][damage]
         assert step == 1 and is_that_step, f"rank {rank}"
 
 
-def test_all_damaged_is_an_error_that_lists_them(tmp_path: Path) -> None:
-    messages = run_on_ranks(cases.all_damaged, NUM_RANKS, str(tmp_path))
-    assert messages[0] == messages[1]
-    first, newer, older = messages[0].splitlines()
-    assert first == f"no checkpoint in {tmp_path / 'checkpoints'} can be used:"
+def test_all_damaged_is_an_error_that_lists_them(outcomes: list[dict[str, Any]], root: Path) -> None:
+    message, on_rank_1 = (of_rank["all damaged"] for of_rank in outcomes)
+    assert message == on_rank_1
+    first, newer, older = message.splitlines()
+    assert first == f"no checkpoint in {root / 'all damaged' / 'checkpoints'} can be used:"
     assert newer == "  step-00000002: manifest.json: missing"
     assert older.startswith("  step-00000001: shards/rank-00001.safetensors: 5,000 bytes instead of")
 
 
-def test_a_full_disk_leaves_the_previous_one_and_the_training_as_they_were(tmp_path: Path) -> None:
-    undisturbed = run_on_ranks(cases.straight_losses, NUM_RANKS)[0]
-    for seen in run_on_ranks(cases.full_disk, NUM_RANKS, str(tmp_path)):
+def test_a_full_disk_leaves_the_previous_one_and_the_training_as_they_were(
+    outcomes: list[dict[str, Any]], root: Path
+) -> None:
+    for of_rank in outcomes:
+        seen = of_rank["full disk"]
         for rank in (0, 1):
             assert seen[f"rank {rank}"].startswith(f"rank {rank}: [Errno 27] File too large: "), seen
             assert f"rank-0000{rank}.safetensors" in seen[f"rank {rank}"]
         assert seen["logs"] == "rank 0: the run's own log files cannot be written"
         assert seen["left"] == ["latest", "step-00000001"] and seen["unharmed"]
         assert seen["later"] == (True, "step-00000002", True)
-        assert seen["losses"] == undisturbed[1:]
-    assert [verify(entry.path) for entry in list_checkpoints(tmp_path)] == [[], []]
+        assert seen["losses"] == of_rank["undisturbed"][1:]
+    assert [verify(entry.path) for entry in list_checkpoints(root / "full")] == [[], []]
 
 
 def test_kill_9_while_saving_leaves_the_previous_one(tmp_path: Path) -> None:
@@ -71,7 +78,6 @@ def test_kill_9_while_saving_leaves_the_previous_one(tmp_path: Path) -> None:
     for rank, root in enumerate(roots):
         root.mkdir()
         kill_while_saving(root, rank)
-        assert list((root / "checkpoints").glob(f"{PARTIAL}*")), "killed between two saves"
         newest = list_checkpoints(root)[0]
         assert verify(newest.path) == [] and (root / "checkpoints" / str(read_latest(root))).is_dir()
     newest_steps = [list_checkpoints(root)[0].step for root in roots]
@@ -82,13 +88,29 @@ def test_kill_9_while_saving_leaves_the_previous_one(tmp_path: Path) -> None:
 
 
 def kill_while_saving(root: Path, rank: int) -> None:
-    """SIGKILL for one of the ranks that save for ever, at a moment when a partial folder stands there."""
+    """SIGKILL for one of the ranks that save for ever; it is stopped first, to be sure that it is in the middle."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     with ThreadPoolExecutor() as pool:
         ranks = pool.submit(run_on_ranks, cases.save_for_ever, NUM_RANKS, str(root))
-        while len(list_checkpoints(root)) < 2 or not list((root / "checkpoints").glob(f"{PARTIAL}step-*/shards/*")):
+        while len(list_checkpoints(root)) < 2:
             assert time.monotonic() < deadline and not ranks.done(), "they do not save"
+            time.sleep(0.01)
+        process = psutil.Process(int((root / f"pid-{rank}").read_text()))
+        while not is_writing(root) or not stopped(process) or not is_writing(root):
+            process.resume()
+            assert time.monotonic() < deadline and not ranks.done(), "never seen in the middle of a save"
             time.sleep(0.001)
-        os.kill(int((root / f"pid-{rank}").read_text()), signal.SIGKILL)
+        process.kill()
         with pytest.raises(AssertionError, match=r"died|gloo|Connection"):
             ranks.result()
+
+
+def is_writing(root: Path) -> bool:
+    return any((root / "checkpoints").glob(f"{PARTIAL}step-*/shards/*"))
+
+
+def stopped(process: psutil.Process) -> bool:
+    process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
+    return True

@@ -84,11 +84,16 @@ def test_killed_and_resumed(start: Start, undisturbed: Run, request: pytest.Fixt
 def test_other_ranks_and_stages(start: Start, undisturbed: Run) -> None:
     """2 → 1 → 2 ranks, ZeRO 3 → 2 → 3, ten steps each."""
     run = start(ASA, *LEARNING, "train.steps=10")
-    for step, changes in (20, ["--ranks", "1"]), (30, ["--ranks", "2", "train.zero_stage=2"]), (40, ["train.zero_stage=3"]):
+    for changes in (
+        ["train.steps=20", "--ranks", "1"],
+        ["train.steps=30", "--ranks", "2", "train.zero_stage=2"],
+        ["train.steps=40", "train.zero_stage=3"],
+    ):
         assert run.wait() == 0, run.errors
-        run.resume(f"train.steps={step}", *changes)
+        run.resume(*changes)
     assert run.wait() == 0, run.errors
-    layouts = [(row["ranks"], row["zero_stage"]) for row in run.rows("events") if row["event"] in ("started", "resumed")]
+    starts = [row for row in run.rows("events") if row["event"] in ("started", "resumed")]
+    layouts = [(row["ranks"], row["zero_stage"]) for row in starts]
     assert layouts == [(2, 3), (1, 3), (2, 2), (2, 3)]
     assert run.rows("trained") == undisturbed.rows("trained"), "the order of prompts"
     for step, expected in zip(run.steps, undisturbed.steps, strict=True):
@@ -107,5 +112,6 @@ def assert_same(run: Run, undisturbed: Run) -> None:
 
 def evidence(run: Run) -> list[dict[str, Any]]:
     """What the rows of metrics.jsonl say about the mathematics; how often a checkpoint was written is none of that."""
-    rows = [{key: value for key, value in row.items() if key.split("/")[0] not in MEASURED} for row in run.rows("metrics")]
-    return [row for row in rows if row.keys() != {"step"}]
+    rows = run.rows("metrics")
+    kept = [{key: value for key, value in row.items() if key.split("/")[0] not in MEASURED} for row in rows]
+    return [row for row in kept if row.keys() != {"step"}]

@@ -84,6 +84,10 @@ def run(tmp_path: Path) -> Iterator[Terminal]:
         terminal.close()
 
 
+def go_on(run: Terminal, step: int) -> str:
+    return f"last checkpoint: {run.run_dir}/checkpoints/step-{step:08d}; go on with: asa resume {run.run_dir}\n"
+
+
 def resume_and_finish(run: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps further, to an end without a prompt lost or repeated."""
     step = latest_step(run.run_dir)
@@ -105,10 +109,9 @@ def test_ctrl_c(run: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
     run.press(CTRL_C)
     assert run.wait() == 0, run.output
     step = latest_step(run.run_dir)
-    assert step == run.rows("trained")[-1]["step"], "nothing is trained again"
+    assert step is not None and step == run.rows("trained")[-1]["step"], "nothing is trained again"
     assert ASKED in run.output and "Traceback" not in run.output
-    assert run.output.endswith(
-        f"stopped; the last checkpoint is that of step {step}; go on with: asa resume {run.run_dir}\n")
+    assert run.output.endswith(f"stopped after step {step}; {go_on(run, step)}")
     resume_and_finish(run, capsys)
 
 
@@ -120,7 +123,7 @@ def test_ctrl_c_twice(run: Terminal, capsys: pytest.CaptureFixture[str]) -> None
     run.press(CTRL_C)
     assert run.wait() == 130, run.output
     step = latest_step(run.run_dir)
+    assert step is not None
     assert "asa: stopping at once\n" in run.output and "Traceback" not in run.output
-    assert run.output.endswith(
-        f"asa: stopped at once; the last checkpoint is that of step {step}; go on with: asa resume {run.run_dir}\n")
+    assert run.output.endswith(f"asa: stopped at once; {go_on(run, step)}")
     resume_and_finish(run, capsys)

@@ -115,24 +115,22 @@ def step_with_a_paused_call(run: Run, step: int) -> psutil.Process:
 
 
 def test_a_worker_stopped_for_a_moment_and_a_worker_killed(ray_handle: RayHandle, tmp_path: Path) -> None:
-    with Run(ray_handle, "killed", tmp_path, rollout(workers=2), build_faulty_engine) as run:
+    config = rollout(workers=2, heartbeat_timeout_seconds=300.0)
+    with Run(ray_handle, "killed", tmp_path, config, build_faulty_engine) as run:
         stopped = step_with_a_paused_call(run, 0)
         stopped.suspend()
-        time.sleep(1.5)  # of the 30 s that a worker may be silent
+        time.sleep(1.5)
         stopped.resume()
         (run.folder / "go").touch()
         run.assert_undisturbed(0, run.take(0))
         assert run.details_of("worker_died") == []
 
         killed = step_with_a_paused_call(run, 1)
-        started = time.monotonic()
         killed.kill()
-        ((died,), _) = wait_until(
-            lambda: (d, s) if (d := run.details_of("worker_died")) and (s := run.details_of("worker_started")[2:])
-            else None, "a new worker")
-        assert time.monotonic() - started < 30.0  # about 0.1 s on an idle machine
+        wait_until(lambda: len(run.details_of("worker_started")) == 3, "a new worker")  # before a heartbeat is missed
         run.assert_undisturbed(1, run.take(1))
         run.step(2)
+        (died,) = run.details_of("worker_died")
         assert died["reason"].startswith("its process ended: ")
         assert [event["worker"] for event in run.details_of("worker_started")] == [
             "worker-0", "worker-1", f"{died['worker']}.1"]
@@ -143,6 +141,7 @@ def test_a_worker_stopped_too_long(ray_handle: RayHandle, tmp_path: Path) -> Non
     config = rollout(workers=2, heartbeat_timeout_seconds=3.0, max_deaths_in_a_row=9)
     with Run(ray_handle, "stopped", tmp_path, config, build_faulty_engine) as run:
         process = step_with_a_paused_call(run, 0)
+        wait_until(lambda: "generating step 0" in run.clients[0]._status(), "a heartbeat of the paused call")
         process.suspend()
         try:
             groups = run.take(0)  # from the other worker: the lease was given to it when the heartbeat was missed
@@ -151,9 +150,9 @@ def test_a_worker_stopped_too_long(ray_handle: RayHandle, tmp_path: Path) -> Non
             (run.folder / "go").touch()
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
-        (died, *_) = wait_until(lambda: run.details_of("worker_died"), "the stopped worker's death")
-        assert re.match(r"no heartbeat for .* s, allowed are 3 s; its last phase: generating step 0 from group \d with "
-                        r"version 0", died["reason"])
+        reason = "no heartbeat for .* s, allowed are 3 s; its last phase: generating step 0 from group . with version 0"
+        (died,) = wait_until(lambda: [event for event in run.details_of("worker_died")
+                                      if re.fullmatch(reason, event["reason"])], "the stopped worker's death")
         late = run.clients[0]._coordinator.deliver.remote(died["worker"], 0, groups[:1])
         assert wait_for(late, 60.0, "this test", "a refusal").late
         wait_until(lambda: len(run.details_of("worker_started")) >= 3, "a new worker")
@@ -166,11 +165,11 @@ def test_a_worker_that_hangs_leaves_its_stacks(ray_handle: RayHandle, tmp_path: 
     with Run(ray_handle, "hangs", tmp_path, config, build_faulty_engine) as run:
         process = step_with_a_paused_call(run, 0)
         run.assert_undisturbed(0, run.take(0))
-        stacks = (run.stacks / "worker-0.txt").read_text()
-        assert re.match(r"host .*, worker-0, while generating step 0 from group 0 with version 0: took longer than 3 s\n"
-                        r"Timeout \(0:00:03\)!\n", stacks)
-        assert re.search(r'File ".*test_workers.py", line \d+ in generate', stacks)
-        assert f"its stacks: {run.stacks / 'worker-0.txt'}" in run.reasons_of("worker-0")[0]
+        (file,) = [file for file in run.stacks.iterdir() if 'test_workers.py", line' in file.read_text()]
+        headline = rf"host .*, {file.stem}, while generating step 0 from group . with version 0: took longer than 3 s\n"
+        assert re.match(headline + r"Timeout \(0:00:03\)!\n", file.read_text())
+        wait_until(lambda: run.reasons_of(file.stem), "the death of the worker")
+        assert f"took longer than 3 s; its stacks: {file}" in run.reasons_of(file.stem)[0]
         assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
         run.step(1)
 
@@ -201,7 +200,8 @@ def test_an_engine_that_always_returns_nan(ray_handle: RayHandle, tmp_path: Path
     assert [event["worker"] for event in run.details_of("worker_given_up")] == ["worker-0.1"]
 
 
-def test_a_corrupt_shard_is_never_served(ray_handle: RayHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupt_shard_is_never_served(
+        ray_handle: RayHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes that arrive are not those whose checksum the rank published."""
     honest, times = weights.shard_record, {0: 1, 1: 10**9}  # how often: by version, counted down
 
@@ -222,7 +222,7 @@ def test_a_corrupt_shard_is_never_served(ray_handle: RayHandle, tmp_path: Path, 
                                 event["reason"])
         assert len(run.details_of("version_corrupt")) == 2  # told to both ranks
         run.publishing = 1
-        with pytest.raises(RolloutFailure, match="worker-0 failed: version 1 arrived corrupt 3 times, at last: .*rank 1"):
+        with pytest.raises(RolloutFailure, match=r"worker-0 failed: version 1 arrived corrupt 3 times, .* rank 1"):
             run.step(1)
         assert run.details_of("worker_died") == []
 
@@ -233,8 +233,8 @@ def test_the_coordinator_stopped_and_killed(ray_handle: RayHandle, tmp_path: Pat
         (coordinator,) = run.processes("Coordinator")
         impatient = run.client(1, timeout_seconds=0.5)
         coordinator.suspend()
-        with pytest.raises(RolloutTimeout, match="rank 1 of 2, host .*: waited 0.5 s for the rollouts of step 1. "
-                                                 "Coordinator: does not answer"):
+        with pytest.raises(RolloutTimeout, match=r"rank 1 of 2, host .*: waited 0.5 s for the rollouts of step 1. "
+                                                 r"Coordinator: does not answer"):
             impatient.take(1)
         coordinator.resume()
         impatient.close()
@@ -242,7 +242,7 @@ def test_the_coordinator_stopped_and_killed(ray_handle: RayHandle, tmp_path: Pat
         waiting = rank.submit(run.clients[0].take, 1)
         wait_until(lambda: "heartbeats: worker-0" in run.clients[0]._status(), "the coordinator's answer")
         coordinator.kill()
-        with pytest.raises(RolloutFailure, match="rank 0 of 2, host .*: lost, while waiting for the rollouts of step 1"):
+        with pytest.raises(RolloutFailure, match=r"rank 0 of 2, host .*: lost, while waiting for the rollouts of"):
             waiting.result(timeout=60)
         run.publish(1)
         for client in run.clients:

@@ -98,7 +98,7 @@ def bad_step(engine: TrainEngine, placement: Placement, accumulation_steps: int,
             changes.enter_context(infinite_gradient(engine))
         if kind == "verdict" and is_last:  # all gradients are finite: nothing in DeepSpeed would skip by itself
             one = torch.ones((), dtype=torch.float64)
-            changes.enter_context(mock.patch.object(engine_module, "count_nonfinite", lambda output: one))
+            changes.enter_context(mock.patch.object(engine_module, "count_nonfinite", return_value=one))
         return engine.train_step(
             tiny.micro_batches(placement.num_ranks, placement.rank, accumulation_steps), inputs, RATES
         )

@@ -270,6 +270,7 @@ def test_a_newer_version_makes_publishing_again_unnecessary() -> None:
         await coordinator.reject_version("w", 0, "torn")
         await publish(coordinator, 1)
         take = await pending(coordinator.take(1, 0, 1))
+        assert (await coordinator.lease("w", -1)).manifest.version == 1
         await coordinator.reject_version("w", 0, "late news")
         for _ in range(10):
             await asyncio.sleep(0)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pty
+import subprocess
+import sys
 import termios
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from asa_dist.config import MetricsConfig
@@ -24,6 +27,16 @@ def row(step: int, **changes: float) -> dict[str, float]:
     values = {"loss/total": 1.25, "loss/mle": 2.5, "loss/self_align": -0.125, "trust/tau": 0.5, "trust/beta": 0.4}
     values |= {"perf/tokens_per_second": 12345.0, "rollout/max_abs_dlogp": 1e-6, "rollout/policy_age_max": 0.0}
     return {"step": step, **values, **{name.replace("__", "/"): value for name, value in changes.items()}}
+
+
+def read_terminal(main: int) -> str:
+    """All that was written before the other side was closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: how a terminal ends
+        while chunk := os.read(main, 65536):
+            shown += chunk
+    os.close(main)
+    return shown.decode()
 
 
 # --- the progress line --------------------------------------------------------------------------------------------
@@ -47,6 +60,25 @@ def test_every_plain_line() -> None:
     assert len(stream.getvalue().splitlines()) == 3
 
 
+def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
+    stream = io.StringIO()
+    line = ProgressLine(100, 90, stream, plain_every_seconds=0.0)
+    line._started -= 50.0  # 10 s a step so far
+    line.show(row(95))
+    assert stream.getvalue().startswith("step 95/100 ") and stream.getvalue().endswith(" 00:50 left\n")
+
+
+def test_a_resumed_runs_live_line_counts_from_where_it_goes_on() -> None:
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 200))
+    with os.fdopen(side, "w") as stream:
+        line = ProgressLine(100, 90, stream)
+        line.show(row(95))
+        line.close()
+    shown = read_terminal(main)
+    assert "90/100" in shown and "95/100" in shown and " 0/100" not in shown
+
+
 def test_an_evaluation_is_said_even_before_the_first_step() -> None:
     stream = io.StringIO()
     ProgressLine(3, 0, stream).show({"step": 0, "eval/perplexity": 321.456, "eval/bigram_perplexity": 12.0})
@@ -62,9 +94,7 @@ def test_a_live_line_in_a_terminal() -> None:
         line.say("a message")
         line.show(row(3))
         line.close()
-        stream.flush()
-        shown = os.read(main, 65536).decode()
-    os.close(main)
+    shown = read_terminal(main)
     assert "\r" in shown and "a message\r\n" in shown
     assert "3/3" in shown and "100%" in shown and "step 3/3 loss" not in shown
     assert "loss 1.250 mle 2.500" in shown.rpartition("a message")[2]
@@ -116,12 +146,78 @@ def test_what_was_recorded_is_read_back_and_another_recorder_goes_on(tmp_path: P
     ]
 
 
-def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
-    """`NaN` is no JSON: a reader would stop at it."""
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    """`NaN` is no JSON: a reader would stop at it; and a diagnostic that overflows is no reason to end a run."""
     recording = recorder(tmp_path, io.StringIO())
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        recording.metrics(row(1, loss__total=float("nan")))
+    recording.metrics(row(1, rollout__mismatch_kl=float("inf")))
     recording.close()
+    assert read(tmp_path, "metrics") == [row(1) | {"rollout/mismatch_kl": None}]
+
+
+def test_a_step_without_an_update_is_told_three_times(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    recording = recorder(tmp_path, stream)
+    recording.trained(4, [70, 71])
+    recording.trained(5, [72, 73], skipped=True)
+    recording.skipped(5, "not finite: loss/total", [72])
+    recording.close()
+    assert read(tmp_path, "trained") == [
+        {"step": 4, "prompt_ids": [70, 71]},
+        {"step": 5, "prompt_ids": [72, 73], "skipped": True},
+    ]
+    (event,) = read(tmp_path, "events")
+    assert (event["event"], event["step"], event["prompt_ids"]) == ("step_skipped", 5, [72])
+    assert stream.getvalue() == "asa: warning: step 5 made no update: not finite: loss/total\n"
+
+
+def test_events_have_a_time_and_any_details(tmp_path: Path) -> None:
+    before = datetime.now(UTC)
+    recording = recorder(tmp_path, io.StringIO())
+    recording.event("checkpoint_damaged", name="step-00000010", reason="shards/rank-00000.safetensors: 3 bytes short")
+    assert recording.sync() is True
+    (event,) = read(tmp_path, "events")
+    recording.close()
+    time = datetime.fromisoformat(event.pop("time"))
+    assert before - timedelta(seconds=1) <= time <= datetime.now(UTC)
+    assert event == {
+        "event": "checkpoint_damaged",
+        "name": "step-00000010",
+        "reason": "shards/rank-00000.safetensors: 3 bytes short",
+    }
+
+
+def test_a_full_disk_is_said_once_and_nothing_is_lost(tmp_path: Path) -> None:
+    """The system refuses bytes beyond a limit; pytest's own files must not meet it, hence the process."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["False", "True"]
+    first, second = ended.stderr.splitlines()
+    assert first.startswith(f"asa: warning: {tmp_path / 'events.jsonl'}: File too large: ")
+    assert first.endswith("training goes on") and second.endswith("what waited in memory is written")
+    assert [trained["step"] for trained in read(tmp_path, "trained")] == list(range(1, 12))
+    assert [event["step"] for event in read(tmp_path, "events")] == list(range(1, 12))
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from asa_dist.config import MetricsConfig
+from asa_dist.runtime.metrics import ProgressLine, RunRecorder
+
+recording = RunRecorder(Path(sys.argv[1]), MetricsConfig(), str, ProgressLine(100, 0, sys.stderr))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
+for step in range(1, 11):
+    recording.trained(step, list(range(10)))
+    recording.event("checkpoint", step=step)
+print(recording.sync())
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+recording.trained(11, [])
+recording.event("checkpoint", step=11)
+print(recording.sync())
+recording.close()
+"""
 
 
 # --- trainer against rollout engine -------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ class CorpusFeed:
         return self._bigram.perplexity(lambda counts: self._sum_over_ranks(torch.from_numpy(counts)).numpy())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the bigram model has counted, on all ranks together; where the rows go on needs no state. A collective."""
+        """What the bigram model has counted on all ranks together; rows need no state. A collective."""
         local = self._bigram.state_dict()
         return {name: self._sum_over_ranks(torch.from_numpy(counts)).long() for name, counts in local.items()}
 
