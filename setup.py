@@ -30,6 +30,7 @@ setup(
         "pyarrow>=24",
         "pydantic>=2,<3",
         "pyyaml>=6,<7",
+        "safetensors>=0.6",
         "xxhash>=3",
         "psutil>=7",
         "tqdm>=4",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -203,9 +204,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    options = parse_arguments()
-    with tempfile.TemporaryDirectory(prefix="asa-chaos-") as folder, LiveRun(Path(folder)) as run:
-        result = torture(run, options, Progress())
+    options, progress = parse_arguments(), Progress()
+    folder = Path(tempfile.mkdtemp(prefix="asa-chaos-"))
+    with LiveRun(folder) as run:
+        result = torture(run, options, progress)
+    if result["ok"]:
+        shutil.rmtree(folder)
+    else:
+        progress.say(f"kept: {folder}")
     print(json.dumps(result))
     return 0 if result["ok"] else 1
 

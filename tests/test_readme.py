@@ -84,3 +84,12 @@ def test_cheap_commands_work() -> None:
             shlex.split(command), cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120, check=False
         )
         assert ran.returncode == 0, f"{place}: {command}\n{ran.stdout}{ran.stderr}"
+
+
+def test_the_tests_it_names_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests/[\w/]+/)?test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 20, "the table of faults is gone, or written otherwise"
+    for file, function in named:
+        path = ROOT / (file if "/" in file else f"tests/faults/{file}")
+        assert f"def {function}(" in path.read_text(encoding="utf-8"), f"{path}: {function}"
