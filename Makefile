@@ -6,7 +6,7 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 OVERRIDES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test lint chaos overlap clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ lint: $(INSTALLED)  ## style, types, layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy asa_dist kernels/asa_kernels
 	$(VENV)/bin/lint-imports
+
+chaos: $(INSTALLED)  ## 20 random kills of a run's processes, about half an hour: nothing lost, nothing repeated
+	$(VENV)/bin/python benchmarks/chaos.py --minutes 90 --seed 0 --kills 20
+
+overlap: $(INSTALLED)  ## step time while generating beside training, against taking turns; an idle machine, 5 minutes
+	$(VENV)/bin/python benchmarks/overlap.py
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

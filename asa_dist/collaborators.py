@@ -20,7 +20,7 @@ from asa_dist.runtime.data.prompts import PromptStream
 from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
 from asa_dist.runtime.model import AsaModel
-from asa_dist.runtime.stopping import ENDED_EARLY, StopRequests
+from asa_dist.runtime.stopping import StopRequests
 from asa_dist.runtime.watchdog import Watchdog
 
 
@@ -95,8 +95,8 @@ class PeriodicCheckpoints:
     def save(self, step: int, state: dict[str, Tensor]) -> bool:
         """A collective. After a failure it is due again soon."""
         with self._watchdog.phase(f"writing the checkpoint of step {step}", self._config.timeout_seconds):
-            # what a signal ends may have ended Ray already: queued groups are then generated again
-            rollouts = None if self._stopping.code() == ENDED_EARLY else self._rollouts.snapshot()
+            # what ends this process may have ended Ray already: queued groups are then generated again
+            rollouts = None if self._stopping.by_signal else self._rollouts.snapshot()
             result = self._checkpointer.save(step, state, rollouts, before_commit=self._recorder.sync)
         if result.ok:
             self._recorder.event("checkpoint", step=step, seconds=round(result.seconds, 3), bytes=result.num_bytes)

@@ -19,12 +19,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from asa_dist.config import Config, ConfigError
 from asa_dist.runtime.checkpoint_files import list_checkpoints
 from asa_dist.runtime.run_lock import hold_run_folder
-from asa_dist.runtime.stopping import EXIT_ENDED_EARLY, STOP_SIGNALS, ask_to_stop, tell
+from asa_dist.runtime.stopping import EXIT_ENDED_EARLY, SignalCatcher, ask_to_stop, tell
 
 STOP_GRACE_SECONDS = 40.0  # the deepspeed launcher itself waits 30 s before it kills its ranks
 GPU_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under Windows
@@ -209,7 +208,7 @@ def _launcher_command(devices: Sequence[int | str], run_dir: Path, ray_address: 
     return [*launch, *train, "--ray-address", ray_address, *(["--resume"] if resume else [])]
 
 
-class StopOnSignal:
+class StopOnSignal(SignalCatcher):
     """What signals to `asa train` do.
 
     Before ranks are started, the first one ends it. Then the first one asks the ranks, through the run folder, to
@@ -217,21 +216,12 @@ class StopOnSignal:
     """
 
     def __init__(self, run_dir: Path) -> None:
+        super().__init__()
         self.killed_by: int | None = None  # the second signal's number
         self._run_dir = run_dir
         self._num_received = 0
         self._is_launching = False
         self._group: int | None = None  # the launcher's process group, while any of it may be alive
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int]) -> int:
         """Runs the launcher in a session of its own, until nothing of that is left; returns its exit code."""

@@ -156,7 +156,7 @@ def train(options: argparse.Namespace, config: Config, run_dir: Path, placement:
             code = _train_prepared(options, config, run_dir, placement, stopping, watchdog)
         except RuntimeError as error:
             if is_lost_peer(error):
-                watchdog.dump(describe_lost_peer(error, placement.rank))
+                watchdog.dump(describe_lost_peer(error, placement.rank), error)
             raise
         dist.barrier()  # a launcher ends the other ranks when one leaves with a code: nobody before all are done
         dist.destroy_process_group()

@@ -2,7 +2,8 @@
 
     python benchmarks/chaos.py --minutes 10 --seed 0                  for ten minutes
     python benchmarks/chaos.py --minutes 60 --seed 1 --kills 20       20 kills, within an hour
-    python benchmarks/chaos.py --minutes 10 --seed 0 --kills 5 --kind worker rollout.max_policy_age=0
+    python benchmarks/chaos.py --minutes 10 --seed 0 --kills 5 --kind worker \\
+        rollout.max_policy_age=0 data.sequence_length=128 rollout.max_new_tokens=100
                                                                       what a worker's death costs the trainer
 
 One JSON line on stdout. Exit code 0 only if the last step was reached with no prompt lost and none repeated.

@@ -28,8 +28,9 @@ from live_run import ROOT, Hang, LiveRun, Progress, when_and_where
 CONFIG = ROOT / "configs/quickstart.yaml"
 SETTINGS = (
     "train.ranks=1", "optimizer.lr_psi=0.0", "optimizer.lr_phi=0.0", "optimizer.lr_xi=0.0", "data.max_documents=2000",
-    "rollout.prompts_per_step=8", "rollout.max_new_tokens=32", "train.eval_every_steps=1000000",
-    "checkpoint.every_steps=1000000", "metrics.samples_every_steps=1000000", "evaluator.max_warmup_steps=0",
+    "data.sequence_length=256", "rollout.max_new_tokens=224",  # few and long: decoding is slow, training on them is not
+    "rollout.prompts_per_step=2", "rollout.responses_per_prompt=3", "evaluator.max_warmup_steps=0",
+    "train.eval_every_steps=1000000", "checkpoint.every_steps=1000000", "metrics.samples_every_steps=1000000",
 )
 TARGET_RATIO = 0.75
 BALANCE = 0.1  # calibrated when training and generating differ by at most this share

@@ -46,6 +46,7 @@ class Corpus(Protocol):
     """Rows of this rank."""
 
     def train_batches(self, step: int) -> list[MicroBatch]: ...
+    def trained(self) -> None: ...  # on the batches handed out last
     def heldout_batches(self) -> list[MicroBatch]: ...
     def bigram_perplexity(self) -> float: ...
     def state_dict(self) -> dict[str, Tensor]: ...  # a collective; the same on every rank
@@ -155,8 +156,9 @@ class AsaLoop:
         rates = self.learning_rates(step)
         result = self.engine.train_step(batches, inputs, rates)
         self.finished = step + 1
+        self.corpus.trained()
         sums, maxima, prompt_ids, stop = self._reduce(result, groups)
-        publish_seconds = self._timed(lambda: self._unblock_workers(num_steps if stop == GO_ON else self.finished))
+        publish_seconds = self._unblock_workers(num_steps if stop == GO_ON else self.finished)
         self._count(counts, result)
         self.recorder.trained(step + 1, prompt_ids, skipped=bool(result.skipped_because))
         if result.skipped_because:
@@ -199,12 +201,13 @@ class AsaLoop:
             raise RolloutsUnavailable(problem or f"another rank got no rollouts for step {step + 1}")
         return groups
 
-    def _unblock_workers(self, num_steps: int) -> None:
-        """Hands them the new version, and the prompts that it may be used for."""
-        if self.finished < num_steps:
-            self.rollouts.publish(self.finished)
+    def _unblock_workers(self, num_steps: int) -> float:
+        """Hands them the new version, and the prompts it may be used for; how long publishing held up training."""
+        needed = self.finished < num_steps
+        publish_seconds = self._timed(lambda: self.rollouts.publish(self.finished)) if needed else 0.0
         if (ahead := self.finished + self.config.rollout.max_policy_age) < num_steps:
             self.rollouts.request(ahead)
+        return publish_seconds
 
     def _count(self, counts: GlobalCounts, result: StepResult) -> None:
         self.counters["tokens/corpus"] += counts.corpus_tokens

@@ -99,7 +99,8 @@ def describe_lost_peer(error: RuntimeError, rank: int) -> str:
         )
     else:
         what = "the connection to another rank broke: its process ended, or its host cannot be reached"
-    return f"rank {rank} on {socket.gethostname()}: {what}; see that rank's own last messages. ({said})"
+    who = ", ".join([f"rank {rank} on {socket.gethostname()}", *getattr(error, "__notes__", [])])  # notes: its phase
+    return f"{who}: {what}; see that rank's own last messages. ({said})"
 
 
 def deepspeed_settings(train: TrainConfig, dtype: str, num_ranks: int) -> dict[str, Any]:

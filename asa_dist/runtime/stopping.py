@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 STOP_FILE = "stop"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -41,7 +41,26 @@ def tell(message: str) -> None:
         os.write(2, f"{newline}asa: {message}\n".encode())
 
 
-class StopRequests:
+class SignalCatcher:
+    """As a context manager: sends STOP_SIGNALS to ``_on_signal`` as long as it lasts."""
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        raise NotImplementedError
+
+
+class StopRequests(SignalCatcher):
     """One rank's ear for requests to end early. As a context manager: the signals are caught as long as it lasts.
 
     Keep it around *all* a rank does, its shutdown too: the launcher sends SIGTERM to the ranks that are still closing
@@ -55,21 +74,12 @@ class StopRequests:
     """
 
     def __init__(self, run_dir: Path, rank: int, max_wall_time_minutes: float | None, started: float) -> None:
+        super().__init__()
         self._file = run_dir / STOP_FILE
         self._rank = rank
         self._max_wall_time_minutes = max_wall_time_minutes
         self._started = started
         self._signal: int | None = None  # the first one
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequests:
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Only takes note: whatever is going on goes on. Ctrl-C reaches a rank twice, from terminal and launcher."""
@@ -85,9 +95,9 @@ class StopRequests:
         return ASKED if self._rank == 0 and self._file.exists() else GO_ON
 
     @property
-    def requested(self) -> bool:
-        """Whether this rank knows of a request; for waits that should end then."""
-        return self.code() != GO_ON
+    def by_signal(self) -> bool:
+        """Whether this process is being ended from outside, and Ray perhaps with it."""
+        return self._signal is not None
 
     def reason(self) -> str:
         """Why the run ends early, as far as this rank knows; for people."""

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class Watchdog:
     def phase(self, name: str, timeout_seconds: float, hint: str = "") -> Iterator[None]:
         """Names what this process does now, and how long it may take; costs microseconds.
 
+        An error that leaves the innermost phase gets its name as a note (``__notes__``).
+
         Args:
             hint: where to look when the deadline has passed.
         """
@@ -70,20 +73,29 @@ class Watchdog:
             self._open[key] = _Phase(name, hint, time.monotonic(), timeout_seconds)
         try:
             yield
+        except Exception as error:
+            if not getattr(error, "__notes__", None):
+                error.add_note(f"while {name}")
+            raise
         finally:
             with self._lock:
                 del self._open[key]
 
-    def dump(self, reason: str) -> Path | None:
+    def dump(self, reason: str, error: BaseException | None = None) -> Path | None:
         """Adds the stacks of all threads to RUN/stacks/rank-N.txt; its path, or None if it cannot be written.
 
-        For a deadline that was raised as an error elsewhere. What cannot be written goes to stderr.
+        What cannot be written goes to stderr.
+
+        Args:
+            error: of a deadline that was raised elsewhere: its traceback says where this thread had waited.
         """
         header = f"{datetime.now(UTC).isoformat(timespec='seconds')} {self._who}, pid {os.getpid()}: {reason}\n"
         try:
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
             with self._stacks.open("a", encoding="utf-8") as file:
                 file.write(header)
+                if error is not None:
+                    file.write("".join(traceback.format_exception(error)) + "\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.write("\n")

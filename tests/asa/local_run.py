@@ -76,8 +76,10 @@ class LocalCorpus:
         self._num_batches = config.train.accumulation_steps
         self.rows_seen = 0
 
-    def train_batches(self, step: int) -> list[MicroBatch]:
+    def trained(self) -> None:
         self.rows_seen += 1
+
+    def train_batches(self, step: int) -> list[MicroBatch]:
         return [tiny.corpus_part(batch) for batch in tiny.micro_batches(1, 0, self._num_batches)]
 
     def heldout_batches(self) -> list[MicroBatch]:

@@ -123,6 +123,7 @@ def test_without_rollouts_what_was_trained_is_saved(tmp_path: Path) -> None:
         run.loop.run(5)
     assert list(run.checkpoints.kept) == [2]
     assert len(run.recorder.prompt_ids) == 2
+    assert int(run.checkpoints.kept[2][0]["corpus.rows"]) == 2, "the rows of the step that was not made do not count"
 
 
 def test_without_rollouts_because_the_run_is_being_stopped(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_killed_and_resumed(start: Start, undisturbed: Run, request: pytest.Fixt
         assert victims, f"the run has no {kind} at step {step}"
         rng.choice(victims).kill()
         if kind != "worker":
-            assert run.wait() != 0, f"killed: {kind}"
+            assert run.wait() not in (0, 2, 75), f"killed: {kind}"
+            assert kind == "asa" or f"asa resume {run.run_dir}" in run.errors, run.errors
             run.resume()
     assert run.wait() == 0, run.errors
     assert_same(run, undisturbed)
@@ -99,7 +100,8 @@ def test_other_ranks_and_stages(start: Start, undisturbed: Run) -> None:
     for step, expected in zip(run.steps, undisturbed.steps, strict=True):
         for key in expected:
             if key.startswith(("loss/", "tokens/", "lr/", "eval/")):
-                assert step[key] == pytest.approx(expected[key], rel=TOLERANCE, abs=0), f"{key} of step {step['step']}"
+                near_zero = TOLERANCE if key == "loss/self_align" else 0  # terms of about 1 that cancel each other
+                assert step[key] == pytest.approx(expected[key], rel=TOLERANCE, abs=near_zero), (key, step["step"])
 
 
 def assert_same(run: Run, undisturbed: Run) -> None:

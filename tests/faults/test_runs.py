@@ -5,7 +5,9 @@ Each of them survives it, or ends with a readable error before its deadline and 
 
 from __future__ import annotations
 
+import re
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from tests.runtime.data.corpora import documents
 pytestmark = [pytest.mark.distributed, pytest.mark.ray, pytest.mark.slow]
 
 ENDLESS = ["train.steps=1000000", "train.eval_every_steps=1000000"]
+TWO_RANKS = "eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}, as the launcher wants it
 LEARNING = ["optimizer.lr_psi=1.0e-3", "optimizer.lr_phi=1.0e-3", "optimizer.lr_xi=1.0e-3"]
 
 
@@ -64,20 +67,11 @@ def assert_nothing_lost(run: Run) -> None:
     assert ids == list(range(2 * len(run.steps))) and ids
 
 
-def assert_resumes(run: Run) -> None:
-    """From its last checkpoint, to an end two steps after what had been reached."""
-    last_step = len(run.steps) + 2
-    run.resume(f"train.steps={last_step}")
-    assert run.wait() == 0, run.errors
-    assert [step["step"] for step in run.steps] == list(range(1, last_step + 1))
-    assert_nothing_lost(run)
-
-
 # --- survived -----------------------------------------------------------------------------------------------------
 def test_workers_die_and_processes_stand_still(start: Start) -> None:
     """One run, with a bound of 1 on the policy's age."""
     run = start(ASA, *ENDLESS, *LEARNING, "rollout.workers=2", "rollout.max_policy_age=1",
-                "rollout.heartbeat_timeout_seconds=2.0")
+                "rollout.heartbeat_timeout_seconds=4.0")
     wait_for_steps(run, 3)
     killed = the("worker", run)
     killed.kill()
@@ -86,7 +80,7 @@ def test_workers_die_and_processes_stand_still(start: Start) -> None:
     assert died["worker"] in ("worker-0", "worker-1") and died["reason"]
     for kind in ("rank 0", "rank 1", "coordinator"):
         wait_for_steps(run, 1)
-        stand_still(the(kind, run), seconds=4)
+        stand_still(the(kind, run), seconds=6)
     wait_for_steps(run, 5)
     assert len(events(run, "worker_died")) == 1, "who stood still was not the workers"
     hung = the("worker", run)
@@ -97,17 +91,6 @@ def test_workers_die_and_processes_stand_still(start: Start) -> None:
     wait_for_steps(run, 5)
     stop(run)
     assert max(step["rollout/policy_age_max"] for step in run.steps) == 1
-    assert_nothing_lost(run)
-
-
-def test_a_slow_trainer_is_generated_ahead_of(start: Start) -> None:
-    """Up to the bound, never beyond."""
-    run = start(ASA, *LEARNING, "train.steps=30", "rollout.max_policy_age=4", "train.corpus_rows_per_step=64",
-                "rollout.max_new_tokens=2")
-    assert run.wait() == 0, run.errors
-    assert max(step["rollout/policy_age_max"] for step in run.steps) <= 4
-    later = [step["rollout/policy_age_mean"] for step in run.steps[5:]]
-    assert sum(later) / len(later) >= 1
     assert_nothing_lost(run)
 
 
@@ -158,26 +141,24 @@ def fill(path: Path) -> None:
 
 
 # --- ended readably, and resumed ----------------------------------------------------------------------------------
-def test_a_killed_coordinator(start: Start) -> None:
-    """What was trained is saved first: the checkpoint is that of the last step, though none was due."""
-    run = start(ASA, *ENDLESS, *LEARNING)
-    wait_for_steps(run, 3)
+def test_a_killed_coordinator_of_a_slow_trainer(start: Start) -> None:
+    """Up to five steps are generated ahead, never more. What was trained is saved, though no checkpoint was due."""
+    run = start(ASA, *ENDLESS, *LEARNING, "rollout.max_policy_age=4", "train.corpus_rows_per_step=64",
+                "rollout.max_new_tokens=2")
+    wait_for_steps(run, 20)
     the("coordinator", run).kill()
     assert run.wait() == 1
-    assert "Traceback" not in run.errors and "asa: rank 0: " in run.errors and "coordinator" in run.errors
+    assert "Traceback" not in run.errors and "coordinator" in run.errors, run.errors
     assert list_checkpoints(run.run_dir)[0].step == len(run.steps)
     assert f"asa resume {run.run_dir}" in run.errors
-    assert_resumes(run)
-
-
-def test_a_killed_rank(start: Start) -> None:
-    """The other one says whom it lost; how exactly the run then goes on: test_exact_resume.py."""
-    run = start(ASA, *ENDLESS, "checkpoint.every_steps=2")
-    wait_for_steps(run, 3)
-    the("rank 1", run).kill()
-    assert run.wait() not in (0, 2, 75)
-    assert "asa: the run failed" in run.errors and f"asa resume {run.run_dir}" in run.errors
-    assert list_checkpoints(run.run_dir)
+    assert max(step["rollout/policy_age_max"] for step in run.steps) <= 4
+    assert statistics.mean(step["rollout/policy_age_mean"] for step in run.steps[5:]) >= 1, "it really runs ahead"
+    last_step = len(run.steps) + 3
+    run.resume(f"train.steps={last_step}")
+    assert run.wait() == 0, run.errors
+    assert len(run.steps) == last_step
+    assert max(step["rollout/policy_age_max"] for step in run.steps) <= 4
+    assert_nothing_lost(run)
 
 
 def test_a_rank_that_stands_still_for_good(start: Start) -> None:
@@ -185,26 +166,28 @@ def test_a_rank_that_stands_still_for_good(start: Start) -> None:
     wait_for_steps(run, 2)
     the("rank 1", run).suspend()
     assert run.wait() == 1
-    assert "rank 0" in run.errors and "30 s" in run.errors, run.errors
+    said = next(line for line in run.errors.splitlines() if line.startswith("asa: rank 0 on "))
+    assert re.search(r", while \S.*: another rank did not answer for 30 s \(train.collective_timeout_seconds\)", said)
     dumped = (run.run_dir / "stacks/rank-0.txt").read_text(encoding="utf-8")
-    assert ("Thread 0x" in dumped and "train_step" in dumped) or "over_ranks" in dumped
+    assert re.search(r'File ".*asa_dist/runtime/engine.py", line \d+, in ', dumped), "where it waited"
+    assert "Thread 0x" in dumped, "all other threads"
 
 
 # --- started without `asa` ----------------------------------------------------------------------------------------
 def test_ended_early_without_asa(start: Start) -> None:
-    """By a signal to one rank, then by the wall time: exit code 75 both times, and nothing is lost."""
-    launcher = ["deepspeed.launcher.launch", "--world_info", "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "--master_addr",
-                "127.0.0.1", "--master_port", str(free_port()), "--module", "asa_dist.train"]
-    run = start(launcher, *ENDLESS, *LEARNING)
-    wait_for_steps(run, 3)
+    """By the wall time, then by a signal to one rank: exit code 75 both times, and nothing is lost."""
+    launcher = ["deepspeed.launcher.launch", "--world_info", TWO_RANKS, "--master_addr", "127.0.0.1",
+                "--master_port", str(free_port()), "--module", "asa_dist.train"]
+    run = start(launcher, *ENDLESS, *LEARNING, "train.max_wall_time_minutes=0.3")
+    assert run.wait() == 75, run.errors
+    first = list_checkpoints(run.run_dir)[0].step
+    assert first == len(run.steps)
+    assert "max_wall_time_minutes" in events(run, "stopped")[0]["reason"]
+    unlimited = ["train.max_wall_time_minutes=null", "--run-dir", str(run.run_dir), "--resume"]
+    run.start(*launcher, str(run.run_dir / "config.yaml"), *unlimited)
+    run.wait_until(lambda: len(run.steps) >= first + 3)
     the("rank 1", run).send_signal(signal.SIGUSR1)
     assert run.wait() == 75, run.errors
+    assert events(run, "resumed")[0]["step"] == first
     assert list_checkpoints(run.run_dir)[0].step == len(run.steps)
-    limited = [str(run.run_dir / "config.yaml"), "train.max_wall_time_minutes=0.4", "--run-dir", str(run.run_dir)]
-    run.start(*launcher, *limited, "--resume")
-    assert run.wait() == 75, run.errors
-    assert list_checkpoints(run.run_dir)[0].step == len(run.steps)
-    assert "max_wall_time_minutes" in events(run, "stopped")[-1]["reason"]
-    run.resume("train.max_wall_time_minutes=null", f"train.steps={len(run.steps) + 2}")
-    assert run.wait() == 0, run.errors
     assert_nothing_lost(run)

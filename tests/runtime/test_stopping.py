@@ -36,13 +36,13 @@ def handlers_are_restored() -> Iterator[None]:
 
 def test_nobody_asked(tmp_path: Path) -> None:
     with requests(tmp_path, minutes=10.0) as stopping:
-        assert stopping.code() == GO_ON and not stopping.requested
+        assert stopping.code() == GO_ON and not stopping.by_signal
 
 
 def test_the_file_is_looked_for_by_rank_0_only(tmp_path: Path) -> None:
     first, second = requests(tmp_path), requests(tmp_path, rank=1)
     ask_to_stop(tmp_path, by="asa train (SIGINT)")
-    assert first.code() == ASKED and first.requested and first.reason() == "asked by asa train (SIGINT)"
+    assert first.code() == ASKED and not first.by_signal and first.reason() == "asked by asa train (SIGINT)"
     assert second.code() == GO_ON
     assert [path.name for path in tmp_path.iterdir()] == ["stop"]
     forget_stop_request(tmp_path)
@@ -117,7 +117,7 @@ with StopRequests(Path({str(tmp_path)!r}), 0, None, time.monotonic()) as stoppin
     print("ready", flush=True)
     while not Path({str(tmp_path / "enough")!r}).exists():
         print("working")
-print("done" if stopping.requested else "not asked")
+print("done" if stopping.by_signal else "not asked")
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -67,9 +67,13 @@ class CorpusFeed:
         """This rank's micro-batches of a step."""
         share = self._train.corpus_rows_per_step // self._num_ranks
         rows = self._corpus.rows(step * self._train.corpus_rows_per_step + self._rank * share, share)
-        self._bigram.update(rows)
+        self._handed_out = rows
         per_batch = share // self._train.accumulation_steps
         return [_slice(rows, number * per_batch, per_batch) for number in range(self._train.accumulation_steps)]
+
+    def trained(self) -> None:
+        """The rows handed out last have been trained on: the bigram model may count them, too."""
+        self._bigram.update(self._handed_out)
 
     def heldout_batches(self) -> list[MicroBatch]:
         """This rank's share of the held-out rows, in batches of a training micro-batch's size."""
