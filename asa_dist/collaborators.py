@@ -10,7 +10,7 @@ from asa_dist.asa.errors import RolloutsUnavailable
 from asa_dist.asa.objective import StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.config import CheckpointConfig, OptimizerConfig, TrainConfig
-from asa_dist.records import LedgerSnapshot, RolloutGroup
+from asa_dist.records import LedgerSnapshot, Prompt, RolloutGroup
 from asa_dist.rollout.calls import RolloutTimeout
 from asa_dist.rollout.client import RolloutClient
 from asa_dist.rollout.coordinator import RolloutFailure
@@ -22,6 +22,9 @@ from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
 from asa_dist.runtime.model import AsaModel
 from asa_dist.runtime.stopping import StopRequests
 from asa_dist.runtime.watchdog import Watchdog
+
+# Of what a single collective or wait may take: whoever can raise a readable error by itself comes first.
+PATIENCE = 1.5
 
 
 class RolloutFeed:
@@ -40,9 +43,11 @@ class RolloutFeed:
 
     def request(self, step: int) -> None:
         if self._prompts is not None:
-            ids = range(step * self._per_step, (step + 1) * self._per_step)
-            prompts = [self._prompts.prompt(prompt_id) for prompt_id in ids]
-            self._attempt(lambda: self._client.submit_prompts(step, prompts))
+            self._attempt(lambda: self._client.submit_prompts(step, self._prompts_of(step)))
+
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        assert self._prompts is not None
+        return [self._prompts.prompt(step * self._per_step + index) for index in range(self._per_step)]
 
     def take(self, step: int) -> list[RolloutGroup]:
         groups: list[RolloutGroup] = []
@@ -67,15 +72,18 @@ class RolloutFeed:
             self._attempt(lambda: self._client.restore(load_snapshot(snapshot), next_step))
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        """Keeps the first failure for ``take`` to raise: all ranks are told there."""
-        if not self._problem:
-            try:
-                action()
-            except RolloutTimeout as error:
-                self._problem = str(error)
-                self._watchdog.dump(self._problem)
-            except RolloutFailure as error:
-                self._problem = str(error)
+        """Keeps the first failure for ``take`` to raise: there all ranks are told, and none is left waiting."""
+        if self._problem:
+            return
+        try:
+            action()
+        except (RolloutFailure, RolloutTimeout) as error:
+            self._problem = str(error)
+            if isinstance(error, RolloutTimeout):
+                self._watchdog.dump(self._problem, error)
+        except Exception as error:
+            self._problem = f"{type(error).__name__}: {error}"
+            self._watchdog.dump(self._problem, error)
 
 
 class PeriodicCheckpoints:
@@ -94,7 +102,8 @@ class PeriodicCheckpoints:
 
     def save(self, step: int, state: dict[str, Tensor]) -> bool:
         """A collective. After a failure it is due again soon."""
-        with self._watchdog.phase(f"writing the checkpoint of step {step}", self._config.timeout_seconds):
+        timeout_seconds = PATIENCE * self._config.timeout_seconds
+        with self._watchdog.phase(f"writing the checkpoint of step {step}", timeout_seconds):
             # what ends this process may have ended Ray already: queued groups are then generated again
             rollouts = None if self._stopping.by_signal else self._rollouts.snapshot()
             result = self._checkpointer.save(step, state, rollouts, before_commit=self._recorder.sync)
@@ -120,24 +129,23 @@ class WatchedEngine(TrainEngine):
         watchdog: Watchdog,
     ):
         super().__init__(model, train, optimizer, dtype, placement)
-        # a step is several collectives, each with its own deadline where the backend keeps it
-        self._step_seconds = train.collective_timeout_seconds * (1 + train.accumulation_steps)
+        self._timeout_seconds = PATIENCE * train.collective_timeout_seconds
         self._watchdog = watchdog
 
     def train_step(
         self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
     ) -> StepResult:
-        with self._watchdog.phase("training on a step", self._step_seconds):
+        with self._watchdog.phase("training on a step", self._timeout_seconds):
             return super().train_step(batches, inputs, learning_rates)
 
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
-        with self._watchdog.phase("evaluating held-out rows", self._step_seconds):
+        with self._watchdog.phase("evaluating held-out rows", self._timeout_seconds):
             return super().corpus_loss(batch, inputs)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        with self._watchdog.phase("summing over ranks", self._step_seconds):
+        with self._watchdog.phase("summing over ranks", self._timeout_seconds):
             return super().sum_over_ranks(values)
 
     def max_over_ranks(self, values: Sequence[float]) -> list[float]:
-        with self._watchdog.phase("comparing with other ranks", self._step_seconds):
+        with self._watchdog.phase("comparing with other ranks", self._timeout_seconds):
             return super().max_over_ranks(values)

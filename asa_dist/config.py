@@ -418,7 +418,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, out of range, or fields that contradict each other.
     """
-    return build_config(read_tree(path, overrides), str(path), overrides)
+    return _with_absolute_paths(build_config(read_tree(path, overrides), str(path), overrides))
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """So that a run can be resumed from any folder. Hub names stay what they are."""
+
+    def absolute(path: str | None) -> str | None:
+        expanded = os.path.expanduser(path) if path is not None else ""
+        return os.path.abspath(expanded) if os.path.exists(expanded) else path
+
+    tree = config.model_dump()
+    for section, key in ((tree["model"], "name_or_path"), (tree["data"]["tokenizer"], "path"),
+                         (tree["rollout"], "prompt_file"), *((source, "path") for source in tree["data"]["sources"]),
+                         *((source, "name") for source in tree["data"]["sources"])):
+        section[key] = absolute(section[key])
+    return Config.model_validate(tree)
 
 
 def dump_config(config: Config) -> str:

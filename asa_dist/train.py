@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from asa_dist.runtime.watchdog import Watchdog
 
 EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
+END_TIMEOUT_SECONDS = 120.0  # for the parts of a run to end, each of which has a deadline of its own
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -40,6 +42,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prepared", action="store_true", help="the run folder is prepared, and held by what starts the ranks"
     )
+    parser.add_argument("--started-at", type=float, metavar="SECONDS", help="Unix time at which the run was started")
     parser.add_argument("--ray-address", help="host:port of a running Ray; without it rank 0 starts one here")
     # the launcher's; we read LOCAL_RANK
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -52,12 +55,14 @@ def find_placement(config: Config) -> Placement:
     Raises:
         ConfigError: not started by a launcher, or a device that is not there.
     """
+    _follow_slurm()
     try:
         rank, local_rank, num_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     except KeyError as error:
         raise ConfigError(
-            f"{error} is not set: start with `asa train`, `deepspeed --module asa_dist.train` or "
-            "`torchrun -m asa_dist.train`"
+            f"{error} is not set: start with `asa train`, `deepspeed --module asa_dist.train`, "
+            "`torchrun -m asa_dist.train`, or srun with MASTER_ADDR and MASTER_PORT exported"
         ) from None
     import torch
 
@@ -70,6 +75,15 @@ def find_placement(config: Config) -> Placement:
     return Placement(
         rank, local_rank, num_ranks, torch.device("cuda", local_rank) if config.train.gpus else torch.device("cpu")
     )
+
+
+def _follow_slurm() -> None:
+    """srun numbers its tasks in variables of its own; deepspeed, too, reads torch's."""
+    slurm = os.environ
+    if "RANK" not in slurm and "SLURM_PROCID" in slurm:
+        num_ranks, num_hosts = int(slurm["SLURM_NTASKS"]), int(slurm["SLURM_NNODES"])
+        slurm |= {"RANK": slurm["SLURM_PROCID"], "LOCAL_RANK": slurm["SLURM_LOCALID"], "WORLD_SIZE": str(num_ranks),
+                  "LOCAL_WORLD_SIZE": str(num_ranks // num_hosts)}
 
 
 def adapt_to_launcher(config: Config, num_ranks: int) -> Config:
@@ -107,30 +121,27 @@ def _headline(config: Config, placement: Placement, counts: dict[str, int]) -> s
     return f"{parameters}; {ranks}, device {placement.device.type}; {workers}"
 
 
-@contextmanager
-def _recorder(
-    config: Config, run_dir: Path, rank: int, first_step: int, decode: Any
-) -> Iterator[RunRecorder | SilentRecorder]:
-    """Rank 0 writes and shows, from after ``first_step`` steps on; the others are silent."""
-    from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
-    from asa_dist.runtime.run_log import truncate_logs
+@dataclass(frozen=True)
+class Rank:
+    """What one rank is told, and who watches over it."""
 
-    if rank != 0:
-        yield SilentRecorder()
-        return
-    truncate_logs(run_dir, first_step)  # what came after will be trained again
-    recorder = RunRecorder(run_dir, config.metrics, decode, ProgressLine(config.train.steps, first_step))
-    try:
-        yield recorder
-    finally:
-        recorder.close()
+    config: Config
+    run_dir: Path
+    placement: Placement
+    options: argparse.Namespace
+    stopping: StopRequests
+    watchdog: Watchdog
+
+    @property
+    def is_first(self) -> bool:
+        return self.placement.rank == 0
 
 
 def train(options: argparse.Namespace, config: Config, run_dir: Path, placement: Placement, started: float) -> int:
     """One rank, from the process group to the last checkpoint.
 
     Args:
-        started: ``time.monotonic()`` of the process's start.
+        started: ``time.monotonic()`` when the run was started.
 
     Returns:
         The exit code: 0, or EXIT_ENDED_EARLY.
@@ -145,90 +156,122 @@ def train(options: argparse.Namespace, config: Config, run_dir: Path, placement:
 
     torch.set_num_threads(config.train.threads_per_rank)
     with ExitStack() as parts:
-        stopping = parts.enter_context(
-            StopRequests(run_dir, placement.rank, config.train.max_wall_time_minutes, started)
-        )
+        stopping = StopRequests(run_dir, placement.rank, config.train.max_wall_time_minutes, started)
+        parts.enter_context(stopping)
         join_process_group(placement, config.train.collective_timeout_seconds)
         if not options.prepared:
             parts.enter_context(prepared_together(config, run_dir, placement.rank, options.resume))
         watchdog = parts.enter_context(Watchdog(run_dir, placement.rank))
         try:
-            code = _train_prepared(options, config, run_dir, placement, stopping, watchdog)
+            code = _train_prepared(Rank(config, run_dir, placement, options, stopping, watchdog))
         except RuntimeError as error:
             if is_lost_peer(error):
                 watchdog.dump(describe_lost_peer(error, placement.rank), error)
             raise
-        dist.barrier()  # a launcher ends the other ranks when one leaves with a code: nobody before all are done
-        dist.destroy_process_group()
+        with watchdog.phase("waiting for the other ranks to end", END_TIMEOUT_SECONDS):
+            dist.barrier()  # a launcher ends the other ranks when one leaves with a code: nobody before all are done
+            dist.destroy_process_group()
     return code
 
 
-def _train_prepared(
-    options: argparse.Namespace, config: Config, run_dir: Path, placement: Placement, stopping: StopRequests,
-    watchdog: Watchdog,
-) -> int:
+def _train_prepared(rank: Rank) -> int:
+    """Opens the parts, runs the loop, closes the parts; returns the exit code."""
     from asa_dist.asa.loop import GO_ON
+    from asa_dist.runtime.stopping import ENDED_EARLY, EXIT_ENDED_EARLY
+
+    parts = ExitStack()
+    try:
+        loop, recorder = _open_parts(rank, parts)
+        stop = loop.run(rank.config.train.steps)
+        is_finished = loop.finished == rank.config.train.steps
+        if is_finished:
+            recorder.event("finished", step=loop.finished)
+        elif stop != GO_ON:
+            recorder.say(f"asa: stopped after step {loop.finished}: {rank.stopping.reason()}")
+            recorder.event("stopped", step=loop.finished, reason=rank.stopping.reason())
+    finally:
+        with rank.watchdog.phase("ending rollouts and leaving Ray", END_TIMEOUT_SECONDS):
+            parts.close()
+    return EXIT_ENDED_EARLY if stop == ENDED_EARLY and not is_finished else 0
+
+
+def _open_parts(rank: Rank, parts: ExitStack) -> tuple[AsaLoop, RunRecorder | SilentRecorder]:
+    """Ray, the model, what was saved of it, logs, rollouts; and the loop that joins them."""
     from asa_dist.collaborators import PeriodicCheckpoints, WatchedEngine
     from asa_dist.rank_ray import joined_ray, rollout_actors, rollout_feed
     from asa_dist.runtime.checkpoint import Checkpointer
     from asa_dist.runtime.data.prepare import prepare
     from asa_dist.runtime.data.tokenizer import load_tokenizer
     from asa_dist.runtime.model import build_model, count_parameters
-    from asa_dist.runtime.stopping import ENDED_EARLY, EXIT_ENDED_EARLY
 
-    rank = placement.rank
+    config, run_dir, placement, watchdog = rank.config, rank.run_dir, rank.placement, rank.watchdog
     data = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: None)
     tokenizer = load_tokenizer(run_dir)
     model = build_model(config, data.vocab_size, data.eos_id, placement.device.type == "cuda")
     counts, trunk = count_parameters(model), model.lm.config
-    with ExitStack() as parts:
-        parts.enter_context(joined_ray(config, placement, options.ray_address, counts["psi"]))
-        engine = WatchedEngine(model, config.train, config.optimizer, config.model.dtype, placement, watchdog)
-        damaged: dict[str, str] = {}
-        checkpointer = Checkpointer(run_dir, config.checkpoint, engine, damaged.__setitem__)
-        loaded = checkpointer.load() if options.resume else None
-        first_step = loaded.step if loaded else 0
-        recorder = parts.enter_context(_recorder(config, run_dir, rank, first_step, tokenizer.decode))
-        _announce(recorder, config, placement, counts, first_step, options.resume, damaged)
-        if rank == 0:
-            parts.enter_context(rollout_actors(config, run_dir, trunk, data.eos_id, recorder.event))
-        feed = parts.enter_context(rollout_feed(config, run_dir, placement, engine, watchdog, recorder.event))
-        checkpoints = PeriodicCheckpoints(
-            checkpointer, config.checkpoint, feed, recorder, stopping, watchdog, first_step
-        )
-        loop = _build_loop(config, run_dir, placement, engine, feed, recorder, checkpoints, stopping, tokenizer)
-        if loaded is not None:
-            loop.load_state_dict(loaded.step, loaded.loop_state)
-            feed.restore(loaded.rollouts, loaded.step)
-        stop = loop.run(config.train.steps)
-        if loop.finished == config.train.steps:
-            recorder.event("finished", step=loop.finished)
-        elif stop != GO_ON:
-            recorder.say(f"asa: stopped after step {loop.finished}: {stopping.reason()}")
-            recorder.event("stopped", step=loop.finished, reason=stopping.reason())
-        engine.close()
-    return EXIT_ENDED_EARLY if stop == ENDED_EARLY and loop.finished < config.train.steps else 0
+    parts.enter_context(joined_ray(config, placement, rank.options.ray_address, counts["psi"]))
+    engine = WatchedEngine(model, config.train, config.optimizer, config.model.dtype, placement, watchdog)
+    parts.callback(engine.close)
+    damaged: dict[str, str] = {}
+    checkpointer = Checkpointer(run_dir, config.checkpoint, engine, damaged.__setitem__)
+    loaded = checkpointer.load() if rank.options.resume else None
+    first_step = loaded.step if loaded else 0
+    recorder = parts.enter_context(_recorder(rank, first_step, tokenizer.decode))
+    _announce(rank, recorder, counts, first_step, damaged)
+    if rank.is_first:
+        parts.enter_context(rollout_actors(config, run_dir, trunk, data.eos_id, recorder.event))
+    feed = parts.enter_context(rollout_feed(config, run_dir, placement, engine, watchdog, recorder.event))
+    checkpoints = PeriodicCheckpoints(
+        checkpointer, config.checkpoint, feed, recorder, rank.stopping, watchdog, first_step
+    )
+    loop = _build_loop(rank, engine, feed, recorder, checkpoints, tokenizer)
+    if loaded is not None:
+        loop.load_state_dict(loaded.step, loaded.loop_state)
+        feed.restore(loaded.rollouts, loaded.step)
+    return loop, recorder
+
+
+@contextmanager
+def _recorder(rank: Rank, first_step: int, decode: Any) -> Iterator[RunRecorder | SilentRecorder]:
+    """Rank 0 writes and shows, from after ``first_step`` steps on; the others are silent."""
+    from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
+    from asa_dist.runtime.run_log import truncate_logs
+
+    if not rank.is_first:
+        yield SilentRecorder()
+        return
+    try:
+        # what came after will be trained again; from the beginning on, so will the evaluation before it
+        truncate_logs(rank.run_dir, first_step or -1)
+        progress = ProgressLine(rank.config.train.steps, first_step)
+        recorder = RunRecorder(rank.run_dir, rank.config.metrics, decode, progress)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the logs in {rank.run_dir} cannot be continued: {error}") from None
+    try:
+        yield recorder
+    finally:
+        recorder.close()
 
 
 def _announce(
-    recorder: RunRecorder | SilentRecorder, config: Config, placement: Placement, counts: dict[str, int],
-    first_step: int, resumed: bool, damaged: dict[str, str],
+    rank: Rank, recorder: RunRecorder | SilentRecorder, counts: dict[str, int], first_step: int, damaged: dict[str, str]
 ) -> None:
     for name, reason in damaged.items():
         recorder.say(f"asa: warning: checkpoint {name} is damaged and was not used: {reason}")
         recorder.event("checkpoint_damaged", name=name, reason=reason)
-    recorder.say(_headline(config, placement, counts))
-    for warning in doubtful_settings(config):
-        recorder.say(f"asa: warning: {warning}")
     if damaged:
         recorder.say(f"going on after step {first_step} instead")
-    layout = {"ranks": placement.num_ranks, "zero_stage": config.train.zero_stage}
-    recorder.event("resumed" if resumed else "started", step=first_step, **layout)
+    recorder.say(_headline(rank.config, rank.placement, counts))
+    for warning in doubtful_settings(rank.config):
+        recorder.say(f"asa: warning: {warning}")
+    layout = {"ranks": rank.placement.num_ranks, "zero_stage": rank.config.train.zero_stage}
+    recorder.event("resumed" if rank.options.resume else "started", step=first_step, **layout)
 
 
 def _build_loop(
-    config: Config, run_dir: Path, placement: Placement, engine: TrainEngine, feed: RolloutFeed,
-    recorder: RunRecorder | SilentRecorder, checkpoints: PeriodicCheckpoints, stopping: StopRequests, tokenizer: Any,
+    rank: Rank, engine: TrainEngine, feed: RolloutFeed, recorder: RunRecorder | SilentRecorder,
+    checkpoints: PeriodicCheckpoints, tokenizer: Any,
 ) -> AsaLoop:
     """The loop and its collaborators."""
     from asa_dist.asa.loop import AsaLoop
@@ -237,19 +280,18 @@ def _build_loop(
     from asa_dist.runtime.data.tokenizer import token_tables
     from asa_dist.runtime.engine import learning_rates
 
-    rank, num_ranks = placement.rank, placement.num_ranks
-    model = engine.engine.module
+    config, placement, model = rank.config, rank.placement, engine.engine.module
     return AsaLoop(
-        config=config, rank=rank, num_ranks=num_ranks, device=placement.device,
+        config=config, rank=placement.rank, num_ranks=placement.num_ranks, device=placement.device,
         state=AlignmentState(config.evaluator, model.lm.config.hidden_size), engine=engine,
         tables=token_tables(tokenizer, model.vocab_size),
-        corpus=CorpusFeed(run_dir, config.data, config.train, config.seed, model.vocab_size, rank, num_ranks,
-                          engine.sum_over_ranks),
+        corpus=CorpusFeed(rank.run_dir, config.data, config.train, config.seed, model.vocab_size, placement.rank,
+                          placement.num_ranks, engine.sum_over_ranks),
         rollouts=feed,
         recorder=recorder,
         checkpoints=checkpoints,
         learning_rates=lambda step: learning_rates(step, config.train.steps, config.optimizer),
-        stop_code=stopping.code,
+        stop_code=rank.stopping.code,
     )
 
 
@@ -261,8 +303,8 @@ def _complain(error: Exception) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished or stopped by `asa train`, 1 failed, 2 the config cannot be used, 75 ended early."""
-    started = time.monotonic()
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    started = time.monotonic() - (time.time() - options.started_at if options.started_at else 0.0)
     try:
         config = load_config(options.config, options.overrides)
         if not config.train.gpus:

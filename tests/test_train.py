@@ -1,18 +1,24 @@
-"""What rank 0 says before the first step."""
+"""How a rank finds its place, and what rank 0 says before the first step."""
 
 from __future__ import annotations
 
 import io
+import os
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from asa_dist.config import Config, load_config
+from asa_dist.config import Config, ConfigError, load_config
 from asa_dist.runtime import metrics
 from asa_dist.runtime.engine import Placement
-from asa_dist.train import _recorder, doubtful_settings
+from asa_dist.runtime.run_log import read_rows
+from asa_dist.runtime.stopping import StopRequests
+from asa_dist.runtime.watchdog import Watchdog
+from asa_dist.train import Rank, _announce, _recorder, doubtful_settings, find_placement, parse_arguments
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"
 BIASED, LATE = "the off-policy correction is biased", "the run ends within the warm-up"
@@ -45,14 +51,71 @@ def test_how_far_the_warm_up_gets() -> None:
     assert found.startswith("optimizer.warmup_steps = 20, train.steps = 5: ") and "25 % of their peak" in found
 
 
+def rank(tmp_path: Path, number: int, *arguments: str) -> Rank:
+    settings = config("rollout.top_p=0.9")
+    placement = Placement(number, number, 2, torch.device("cpu"))
+    stopping = StopRequests(tmp_path, number, None, time.monotonic())
+    options = parse_arguments(["config.yaml", *arguments])
+    return Rank(settings, tmp_path, placement, options, stopping, Watchdog(tmp_path, number))
+
+
 def test_rank_0_warns_once_and_the_others_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(metrics, "ProgressLine", partial(metrics.ProgressLine, stream=shown))
-    for rank in (0, 1):
-        placement = Placement(rank, rank, 2, torch.device("cpu"))
-        with _recorder(config("rollout.top_p=0.9"), tmp_path, placement, f"headline of rank {rank}", str):
-            pass
-    headline, *warnings = shown.getvalue().splitlines()
-    assert headline == "headline of rank 0"
+    for number in (0, 1):
+        here = rank(tmp_path, number, "--resume")
+        with here.watchdog, _recorder(here, 7, str) as recorder:
+            _announce(here, recorder, {"psi": 1, "phi": 2, "xi": 3}, 7, {"step-00000009": "manifest.json: missing"})
+    damaged, instead, headline, *warnings = shown.getvalue().splitlines()
+    assert "step-00000009 is damaged and was not used: manifest.json: missing" in damaged
+    assert instead == "going on after step 7 instead"
+    assert headline.startswith("ψ 1, φ 2, ξ 3 parameters; 2 ranks")
     assert len(warnings) == 1 and BIASED in warnings[0]
     assert warnings[0].startswith("asa: warning: rollout.top_p = 0.9, ")
+    first, second = read_rows(tmp_path / "events.jsonl")
+    assert (first["event"], first["name"]) == ("checkpoint_damaged", "step-00000009")
+    assert (second["event"], second["step"], second["ranks"]) == ("resumed", 7, 2)
+
+
+# --- who starts a rank --------------------------------------------------------------------------------------------
+TORCH = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Sets just these variables of all that tell a rank its place."""
+    saved = dict(os.environ)
+
+    def become(variables: dict[str, str]) -> None:
+        for name in (*TORCH, *SLURM, "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        os.environ.update(variables)
+
+    yield become
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def test_a_rank_of_torchrun_or_deepspeed(environment: Callable[[dict[str, str]], None]) -> None:
+    environment(TORCH | SLURM)  # within a job, too
+    placement = find_placement(config())
+    assert (placement.rank, placement.local_rank, placement.num_ranks) == (1, 0, 2)
+
+
+def test_a_rank_of_srun(environment: Callable[[dict[str, str]], None]) -> None:
+    environment(SLURM | {"MASTER_ADDR": "h", "MASTER_PORT": "1"})
+    placement = find_placement(config())
+    assert (placement.rank, placement.local_rank, placement.num_ranks) == (5, 1, 8)
+    assert os.environ["LOCAL_RANK"] == "1", "deepspeed reads torch's variables"
+    assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+
+
+@pytest.mark.parametrize(("variables", "missing"), [({}, "RANK"), (SLURM, "MASTER_ADDR")])
+def test_a_rank_that_nobody_started(
+    environment: Callable[[dict[str, str]], None], variables: dict[str, str], missing: str
+) -> None:
+    environment(variables)
+    with pytest.raises(ConfigError, match=f"'{missing}' is not set: start with"):
+        find_placement(config())
+

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from asa_dist.records import LedgerSnapshot, Prompt, RolloutGroup, WeightManifest
@@ -19,6 +22,43 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATUS_TIMEOUT_SECONDS = 5.0
+CLOSE_TIMEOUT_SECONDS = 5.0  # enough to hash and put a shard; nothing is lost if it is not: the run ends anyway
+
+
+class _Publisher:
+    """A thread that runs what it is given, in order.
+
+    A daemon, unlike the threads of an executor, which the interpreter joins when it ends: ``ray.put`` has no deadline,
+    and never returns from a Ray that stands still.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="publish", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Callable[[], None]) -> Future[None]:
+        result: Future[None] = Future()
+        self._waiting.put((task, result))
+        return result
+
+    def close(self, timeout_seconds: float) -> None:
+        """Forgets what has not begun, and waits for what has."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._waiting.get_nowait()
+        self._waiting.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        while (work := self._waiting.get()) is not None:
+            task, result = work
+            try:
+                task()
+            except Exception as error:
+                result.set_exception(error)
+            else:
+                result.set_result(None)
 
 
 class RolloutClient:
@@ -47,7 +87,7 @@ class RolloutClient:
         self._buffer = ShardBuffer(self._tensors, dtype, rank)
         self._shards: deque[tuple[int, np.ndarray]] = deque(maxlen=2)  # (version, its shard) still in the buffer
         self._coordinator = self._find_coordinator(run_name)
-        self._publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self._publisher = _Publisher()
         self._publishing: deque[tuple[int, Future[None]]] = deque()  # (version, its offer), oldest first
 
     # --- rollouts -----------------------------------------------------------------------------------------------
@@ -90,15 +130,14 @@ class RolloutClient:
         self._settle(max_unfinished=1)
         shard = self._buffer.copy_in(version, pieces)
         self._shards.append((version, shard))
-        self._publishing.append((version, self._publisher.submit(self._offer, version, shard)))
-
-    def wait_published(self) -> None:
-        """Returns when everything published so far has reached the coordinator; raises what publishing raised."""
-        self._settle(max_unfinished=0)
+        self._submit_offer(version, shard)
 
     def close(self) -> None:
-        """Ends the publishing thread, after what it is doing; published weights last as long as this process."""
-        self._publisher.shutdown(cancel_futures=True)
+        """Ends the publishing thread, after what it is doing, unless Ray keeps it from that; never raises.
+
+        Published weights last as long as this process.
+        """
+        self._publisher.close(CLOSE_TIMEOUT_SECONDS)
 
     def _publish_again(self, corrupt: Republish) -> None:
         """Hashes and offers a version's shard once more, unless the buffer holds newer ones only.
@@ -109,8 +148,11 @@ class RolloutClient:
             self._on_event("version_corrupt", {"version": corrupt.version, "reason": corrupt.reason})
         for version, shard in self._shards:
             if version == corrupt.version:
-                self._publishing.append((version, self._publisher.submit(self._offer, version, shard)))
+                self._submit_offer(version, shard)
                 self._settle(max_unfinished=0)
+
+    def _submit_offer(self, version: int, shard: np.ndarray) -> None:
+        self._publishing.append((version, self._publisher.submit(lambda: self._offer(version, shard))))
 
     def _settle(self, max_unfinished: int) -> None:
         """Waits until at most so many offers are unfinished; raises what a finished one raised."""

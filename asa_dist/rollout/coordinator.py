@@ -14,8 +14,8 @@ A plain asyncio class; `system` makes it a Ray actor. Here is who waits for what
     method            waits for                                        unblocked by
     lease             a newer complete version, or work this worker    offer_shard, submit_prompts, restore, stop,
                       may do (served version ≥ min_version)            release, overdue, a refused delivery, take
-    take              this rank's slice of the step, or a version      deliver, reject_version, fail, stop
-                      to publish again
+    take              all groups of the step, or a version to          deliver, reject_version, fail, stop
+                      publish again
     all others        nothing
 
 Version v = the weights after v steps. A group for step s may be sampled by versions ≥ s − max_policy_age: *admission*,
@@ -152,9 +152,10 @@ class Coordinator:
         return refusal
 
     async def take(self, step: int, rank: int, num_ranks: int) -> list[RolloutGroup] | Republish:
-        """Rank's contiguous slice [rank·P/num_ranks, (rank+1)·P/num_ranks) of a step, in order.
+        """Rank's contiguous slice [rank·P/num_ranks, (rank+1)·P/num_ranks) of a step, in order, once it is complete.
 
-        Once all ranks have theirs, the step is forgotten. After a rejected version the answer is, once for every
+        No rank gets its slice before the last group of the step is finished: until then each of them may be needed to
+        publish again. Once all ranks have theirs, the step is forgotten. After a rejected version the answer is, once for every
         rank, a :class:`Republish`; ask again after doing so.
 
         Raises:

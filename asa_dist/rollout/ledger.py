@@ -1,6 +1,6 @@
 """The ledger: every prompt of every open step, and where it is. Nothing is lost, nothing is answered twice.
 
-    submit ──► waiting ──lease──► leased ──deliver──► finished ──take, by every rank──► forgotten
+    submit ──► waiting ──lease──► leased ──deliver──► finished ──step complete: take, by every rank──► forgotten
                   ▲                 │
                   └─────────────────┘ expire · release · a delivery refused for what it contains
 
@@ -67,13 +67,8 @@ class Ledger:
         self._waiting: list[tuple[int, int, int]] = []  # heap of bundles: (step, first index, end index)
         self._leases: dict[int, _Held] = {}  # by lease id
         self._next_lease_id = 0
-        self._queue_bytes = 0
+        self._queue_bytes = 0  # of finished groups in open steps
         self._num_reissued = 0
-
-    @property
-    def queue_bytes(self) -> int:
-        """Bytes of finished groups in open steps."""
-        return self._queue_bytes
 
     def submit(self, step: int, prompts: Sequence[Prompt]) -> None:
         """The P prompts of a step, in order; submitting a step again changes nothing.
@@ -128,8 +123,10 @@ class Ledger:
         self._put_back([lease_id for lease_id, held in self._leases.items() if held.worker_id == worker_id])
 
     def take(self, step: int, rank: int, num_ranks: int) -> list[RolloutGroup] | None:
-        """Rank's contiguous slice [rank·P/num_ranks, (rank+1)·P/num_ranks) of a step, in order; None if unfinished.
+        """Rank's contiguous slice [rank·P/num_ranks, (rank+1)·P/num_ranks) of a step, in order.
 
+        None until all P groups are finished: ranks train on a step together, and one that went ahead would wait in a
+        collective, where it cannot be asked to publish weights again that the unfinished groups need.
         Once all ranks have theirs, the step is forgotten.
 
         Raises:
@@ -140,15 +137,14 @@ class Ledger:
         if (open_step := self._steps.get(step)) is None:
             return None
         total = len(open_step.prompts)
-        indices = range(rank * total // num_ranks, (rank + 1) * total // num_ranks)
-        if any(index not in open_step.groups for index in indices):
+        if len(open_step.groups) < total:
             return None
         open_step.ranks_served.add(rank)
         if len(open_step.ranks_served) == num_ranks:
             del self._steps[step]
             self._next_step = step + 1
             self._queue_bytes -= sum(group.nbytes for group in open_step.groups.values())
-        return [open_step.groups[index] for index in indices]
+        return [open_step.groups[index] for index in range(rank * total // num_ranks, (rank + 1) * total // num_ranks)]
 
     def snapshot(self) -> LedgerSnapshot:
         """The open steps, as a checkpoint keeps them: what is leased counts as waiting."""

@@ -53,7 +53,7 @@ def join_process_group(placement: Placement, timeout_seconds: float) -> None:
     on_cuda = placement.device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(placement.device)
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    timeout = _backend_timeout(placement, timeout_seconds)
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
         timeout=timeout,
@@ -63,6 +63,11 @@ def join_process_group(placement: Placement, timeout_seconds: float) -> None:
     )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
+
+
+def _backend_timeout(placement: Placement, timeout_seconds: float) -> datetime.timedelta:
+    """gloo raises at its time-out; NCCL aborts the process without a word, so there the watchdog has to come first."""
+    return datetime.timedelta(seconds=timeout_seconds * (2 if placement.device.type == "cuda" else 1))
 
 
 def _rendezvous(placement: Placement, timeout: datetime.timedelta) -> PrefixStore:
@@ -204,7 +209,7 @@ class TrainEngine:
 
     def _set_collective_timeout(self, timeout_seconds: float) -> None:
         """ZeRO's own groups ignore the timeout of ``init_process_group``: they would wait for a lost peer for ever."""
-        timeout = datetime.timedelta(seconds=timeout_seconds)
+        timeout = _backend_timeout(self.placement, timeout_seconds)
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timeout, group)
 

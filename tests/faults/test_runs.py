@@ -80,7 +80,7 @@ def test_workers_die_and_processes_stand_still(start: Start) -> None:
     assert died["worker"] in ("worker-0", "worker-1") and died["reason"]
     for kind in ("rank 0", "rank 1", "coordinator"):
         wait_for_steps(run, 1)
-        stand_still(the(kind, run), seconds=6)
+        stand_still(the(kind, run), seconds=5)
     wait_for_steps(run, 5)
     assert len(events(run, "worker_died")) == 1, "who stood still was not the workers"
     hung = the("worker", run)
@@ -162,12 +162,12 @@ def test_a_killed_coordinator_of_a_slow_trainer(start: Start) -> None:
 
 
 def test_a_rank_that_stands_still_for_good(start: Start) -> None:
-    run = start(ASA, *ENDLESS, "rollout.timeout_seconds=25", "train.collective_timeout_seconds=30")
+    run = start(ASA, *ENDLESS, "rollout.timeout_seconds=18", "train.collective_timeout_seconds=20")
     wait_for_steps(run, 2)
     the("rank 1", run).suspend()
     assert run.wait() == 1
     said = next(line for line in run.errors.splitlines() if line.startswith("asa: rank 0 on "))
-    assert re.search(r", while \S.*: another rank did not answer for 30 s \(train.collective_timeout_seconds\)", said)
+    assert re.search(r", while \S.*: another rank did not answer for 20 s \(train.collective_timeout_seconds\)", said)
     dumped = (run.run_dir / "stacks/rank-0.txt").read_text(encoding="utf-8")
     assert re.search(r'File ".*asa_dist/runtime/engine.py", line \d+, in ', dumped), "where it waited"
     assert "Thread 0x" in dumped, "all other threads"
