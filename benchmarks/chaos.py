@@ -38,6 +38,9 @@ SETTINGS = (  # it learns, writes checkpoints often, and reads text that is on e
     "train.steps=1000000", "train.eval_every_steps=1000000", "metrics.samples_every_steps=1000000",
 )
 KINDS = ("rank 0", "rank 1", "coordinator", "worker", "launcher", "raylet", "gcs", "asa")
+PAUSED_KINDS = ("rank 0", "rank 1", "coordinator", "worker")
+PAUSES_PER_KILL = 0.25
+PAUSE_SECONDS = 10.0  # within every deadline of the run: it must survive
 MAX_STEPS_BETWEEN_KILLS = 30
 MAX_DELAY_SECONDS = 1.0  # after that step: a kill can come anywhere within one
 STEPS_WATCHED = 15  # after a worker's death
@@ -58,8 +61,9 @@ class Tally:
     """What was done to the run."""
 
     kills: Counter[str] = field(default_factory=Counter)
+    pauses: Counter[str] = field(default_factory=Counter)  # SIGSTOP, later SIGCONT
     restarts: int = 0
-    unexpected_ends: int = 0  # of a run from which nothing had been killed but workers
+    unexpected_ends: int = 0  # of a run from which nothing had been killed but workers, or of a worker that stood still
     steps_redone: int = 0
     worker_deaths: list[WorkerDeath] = field(default_factory=list)
 
@@ -76,6 +80,8 @@ class Chaos:
     def kill_one(self) -> None:
         """At a random place: at once, even while the run is starting, or some steps later. The run then goes on."""
         run, rng = self._run, self._rng
+        if rng.random() < PAUSES_PER_KILL:
+            self._pause(rng.choice(PAUSED_KINDS))
         kind = rng.choice(self._kinds)
         step = run.last_step + rng.randint(0, MAX_STEPS_BETWEEN_KILLS)
         delay_seconds = rng.uniform(0, MAX_DELAY_SECONDS)
@@ -89,6 +95,23 @@ class Chaos:
             self.tally.unexpected_ends += 1
             self._progress.say(f"an unexpected end; the run printed:\n{run.last_words()}")
         if run.has_ended or not survives:
+            self._resume()
+
+    def _pause(self, kind: str) -> None:
+        """Stops one of that kind for a while; the run goes on afterwards."""
+        run = self._run
+        run.wait_until(lambda: bool(run.of_kind(kind)), f"a process: {kind}")
+        step, num_deaths, (victim, *_) = run.last_step, self._num_deaths(), run.of_kind(kind)
+        victim.suspend()
+        time.sleep(PAUSE_SECONDS)
+        victim.resume()
+        self.tally.pauses[kind] += 1
+        run.wait_until(lambda: run.last_step > step + 1, f"steps after a pause of {kind}")
+        self._progress.say(f"{kind} stood still for {PAUSE_SECONDS:g} s")
+        if run.has_ended or self._num_deaths() > num_deaths:
+            self.tally.unexpected_ends += 1
+            self._progress.say(f"it was not survived; the run printed:\n{run.last_words()}")
+        if run.has_ended:
             self._resume()
 
     def _kill(self, kind: str) -> bool:
@@ -186,11 +209,12 @@ def torture(run: LiveRun, options: argparse.Namespace, progress: Progress) -> di
     if prompts != (found := inspected(run.run_dir)):
         problem += f"asa inspect counts {found}"
     return {
-        "benchmark": "chaos", "seed": options.seed, "ok": is_there and not problem and not any(prompts.values()),
+        "benchmark": "chaos", "seed": options.seed,
+        "ok": is_there and not problem and not any(prompts.values()) and not chaos.tally.unexpected_ends,
         "minutes": round(progress.seconds / 60, 1), "kills": chaos.tally.kills.total(), "steps": run.last_step,
         "prompts": prompts, "problem": problem, "overrides": options.overrides,
-        **{name: value for name, value in asdict(chaos.tally).items() if name != "kills"},
-        "kills_by_kind": dict(chaos.tally.kills), **when_and_where(),
+        **{name: value for name, value in asdict(chaos.tally).items() if name not in ("kills", "pauses")},
+        "kills_by_kind": dict(chaos.tally.kills), "pauses_by_kind": dict(chaos.tally.pauses), **when_and_where(),
     }
 
 

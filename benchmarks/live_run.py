@@ -1,4 +1,4 @@
-"""A run of the whole system for a benchmark: started as a user would, its processes by kind, ended with all of them."""
+"""A run of the whole system, seen from outside: its files, its processes by kind; started and ended by a benchmark."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN_VARIABLE = "ASA_BENCHMARK_RUN"  # marks all processes of one run, daemons of Ray included
+RUN_VARIABLE = "ASA_RUN_MARK"
 HANG_SECONDS = 300.0  # nothing that is waited for here takes so long, on a slow machine either
 LEFT_BEHIND_SECONDS = 30.0
 LAST_LINES_BYTES = 2**16  # more than any line of trained.jsonl here
@@ -46,12 +46,36 @@ def kind_of(process: psutil.Process) -> str:
         return ""
 
 
-def of_kind(processes: Iterable[psutil.Process], kind: str) -> list[psutil.Process]:
-    """By age, oldest first."""
-    return sorted((process for process in processes if kind_of(process) == kind), key=lambda process: process.pid)
+class VisibleRun:
+    """What can be seen of a run from outside: its files and its processes."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.mark = uuid.uuid4().hex  # in the environment of all its processes, as RUN_VARIABLE
+
+    def processes(self) -> list[psutil.Process]:
+        """What is alive of it, daemons of Ray included."""
+        return [process for process in psutil.process_iter(["environ", "status"])
+                if (process.info["environ"] or {}).get(RUN_VARIABLE) == self.mark
+                and process.info["status"] != psutil.STATUS_ZOMBIE]
+
+    def of_kind(self, kind: str) -> list[psutil.Process]:
+        """By age, oldest first."""
+        return sorted((p for p in self.processes() if kind_of(p) == kind), key=lambda process: process.pid)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Whole lines of RUN/name.jsonl."""
+        path = self.run_dir / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """The metrics of the trained steps."""
+        return [row for row in self.rows("metrics") if "loss/total" in row]
 
 
-class LiveRun:
+class LiveRun(VisibleRun):
     """One run folder, and all processes that work on it. A context manager: they are ended with it.
 
     Args:
@@ -59,9 +83,8 @@ class LiveRun:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.run_dir = folder / "run"
+        super().__init__(folder / "run")
         self.output = folder / "output.txt"
-        self._mark = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LiveRun:
@@ -75,7 +98,7 @@ class LiveRun:
 
     def start(self, *arguments: str) -> None:
         """``asa ARGUMENTS``, out of reach of this terminal's Ctrl-C; its output is appended to ``output``."""
-        environment = os.environ | {RUN_VARIABLE: self._mark}
+        environment = os.environ | {RUN_VARIABLE: self.mark}
         with self.output.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "asa_dist.cli", *arguments], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
@@ -90,25 +113,6 @@ class LiveRun:
     def has_ended(self) -> bool:
         """Whether `asa` has; what it started may be ending still."""
         return self._process is None or self._process.poll() is not None
-
-    def processes(self) -> list[psutil.Process]:
-        return [process for process in psutil.process_iter(["environ", "status"])
-                if (process.info["environ"] or {}).get(RUN_VARIABLE) == self._mark
-                and process.info["status"] != psutil.STATUS_ZOMBIE]
-
-    def of_kind(self, kind: str) -> list[psutil.Process]:
-        return of_kind(self.processes(), kind)
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """Whole lines of RUN/name.jsonl."""
-        path = self.run_dir / f"{name}.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    @property
-    def steps(self) -> list[dict[str, float]]:
-        """The metrics of the trained steps."""
-        return [row for row in self.rows("metrics") if "loss/total" in row]
 
     @property
     def last_step(self) -> int:

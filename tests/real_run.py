@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from benchmarks.live_run import ROOT, RUN_VARIABLE, VisibleRun
 from tests.runtime.data.corpora import documents
 
-ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests/tiny.yaml"
-RUN_VARIABLE = "ASA_TEST_RUN"  # marks all processes of one run
 DEADLINE_SECONDS = 200.0  # for a hang, not for a slow machine
 ASA = ["asa_dist.cli", "train"]
 
 
-@dataclass
-class Run:
-    """A run: its folder, its present process and everything that descends from it."""
+class Run(VisibleRun):
+    """A run within ``folder``, and its present process."""
 
-    folder: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-    process: subprocess.Popen[bytes] | None = None
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "run")
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *command: str) -> None:
         """``python -m COMMAND``; its output replaces that of the process before."""
@@ -48,20 +43,6 @@ class Run:
         self.start("asa_dist.cli", "resume", str(self.run_dir), *overrides)
 
     @property
-    def run_dir(self) -> Path:
-        return self.folder / "run"
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        path = self.run_dir / f"{name}.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    @property
-    def steps(self) -> list[dict[str, float]]:
-        """The metrics of the trained steps."""
-        return [row for row in self.rows("metrics") if "loss/total" in row]
-
-    @property
     def output(self) -> str:
         return (self.folder / "stdout").read_text(encoding="utf-8")
 
@@ -69,16 +50,10 @@ class Run:
     def errors(self) -> str:
         return (self.folder / "stderr").read_text(encoding="utf-8")
 
-    def processes(self) -> list[psutil.Process]:
-        """What is alive of this run, daemons of Ray included."""
-        return [process for process in psutil.process_iter(["environ", "status"])
-                if (process.info["environ"] or {}).get(RUN_VARIABLE) == self.mark
-                and process.info["status"] != psutil.STATUS_ZOMBIE]
-
-    def find(self, *words: str) -> psutil.Process:
-        """The one process with these words in its command line."""
-        found = [process for process in self.processes() if all(word in " ".join(process.cmdline()) for word in words)]
-        assert len(found) == 1, found
+    def the(self, kind: str) -> psutil.Process:
+        """The oldest process of this kind; there must be one."""
+        found = self.of_kind(kind)
+        assert found, f"no {kind} in {[' '.join(process.cmdline()) for process in self.processes()]}"
         return found[0]
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:

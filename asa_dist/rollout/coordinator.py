@@ -14,8 +14,8 @@ A plain asyncio class; `system` makes it a Ray actor. Here is who waits for what
     method            waits for                                        unblocked by
     lease             a newer complete version, or work this worker    offer_shard, submit_prompts, restore, stop,
                       may do (served version ≥ min_version)            release, overdue, a refused delivery, take
-    take              all groups of the step, or a version to          deliver, reject_version, fail, stop
-                      publish again
+    take              all groups of the step, or a version to          deliver, restore, reject_version, fail,
+                      publish again                                    stop
     all others        nothing
 
 Version v = the weights after v steps. A group for step s may be sampled by versions ≥ s − max_policy_age: *admission*,

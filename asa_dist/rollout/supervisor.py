@@ -115,6 +115,7 @@ class Supervisor:
             ray.wait(runs, num_returns=len(runs), timeout=grace_seconds)
         for worker in self._workers.values():
             ray.kill(worker.actor)
+            self._stacks(worker.worker_id)  # what was killed could not remove its own
 
     # --- the thread ---------------------------------------------------------------------------------------------
     def _supervise(self) -> None:
@@ -189,7 +190,7 @@ class Supervisor:
         with contextlib.suppress(FileNotFoundError):
             headline, *stacks = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
             if stacks:
-                return f"; {headline}; its stacks: {path}"
+                return f"; its stacks, {headline.removesuffix(':')}: {path}"
             path.unlink()
         return ""
 

@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from asa_dist.config import ModelConfig
 from asa_dist.records import Lease, RolloutGroup
@@ -67,7 +67,8 @@ class RolloutWorker:
         self._coordinator = coordinator
         self._build_engine = functools.partial(build_engine, config_folder, model, sampling)
         self._rollout = sampling.rollout
-        self._stacks_file = stacks_file(stacks_folder, worker_id)
+        self._stacks_path = stacks_file(stacks_folder, worker_id)
+        self._stacks: BinaryIO | None = None  # open as long as this worker runs
         self._phase = "importing torch"
         self._served_version = NO_VERSION  # what the coordinator is told: NO_VERSION asks for the weights again
         self._reloads_in_a_row = 0
@@ -83,7 +84,7 @@ class RolloutWorker:
 
             torch.set_num_threads(self._rollout.threads_per_worker)
             self._phase = "building the engine"
-            with self._heartbeats():
+            with self._heartbeats(), self._stacks_open():
                 self._work()
         except Exception as error:
             message = f"host {socket.gethostname()}, while {self._phase}: {type(error).__name__}: {error}"
@@ -179,16 +180,30 @@ class RolloutWorker:
 
         Python's watchdog does not need the interpreter, so that it works while an extension holds on to it.
         """
-        headline = (f"host {socket.gethostname()}, {self._worker_id}, while {self._phase}: "
-                    f"took longer than {timeout_seconds:g} s\n")
-        with contextlib.ExitStack() as stack:
-            try:
-                self._stacks_file.parent.mkdir(parents=True, exist_ok=True)
-                file: Any = stack.enter_context(self._stacks_file.open("wb", buffering=0))
-                stack.callback(self._stacks_file.unlink, missing_ok=True)
-                file.write(headline.encode())
-            except OSError:  # a full disk costs the dump, not the worker: it goes to Ray's log of this process
-                file = sys.stderr
-            faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=file)
-            stack.callback(faulthandler.cancel_dump_traceback_later)
+        where = f"host {socket.gethostname()}, {self._worker_id}, while {self._phase}"
+        if self._stacks is not None:
+            with contextlib.suppress(OSError):  # a full disk costs the headline, not the worker
+                self._stacks.seek(0)
+                self._stacks.truncate()
+                self._stacks.write(f"{where}, deadline {timeout_seconds:g} s:\n".encode())  # the stacks follow, or none
+        faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=self._stacks or sys.stderr)
+        try:
             yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    @contextlib.contextmanager
+    def _stacks_open(self) -> Iterator[None]:
+        """Opens the file of the stacks; whoever leaves here has dumped none, and leaves no file."""
+        try:
+            self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
+            self._stacks = self._stacks_path.open("wb", buffering=0)
+        except OSError:  # then they go to Ray's log of this process
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._stacks.close()
+            with contextlib.suppress(OSError):
+                self._stacks_path.unlink()

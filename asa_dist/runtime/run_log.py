@@ -6,7 +6,6 @@ No torch here: ``asa inspect`` reads with it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import threading
@@ -17,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 STEP_LOGS = ("metrics", "samples", "trained")  # rows with "step", in order: a resumed run writes them anew
+WITHOUT_GAPS = ("metrics", "trained")  # those of them with a row for every step
 EVENT_LOG = "events"
+UNREADABLE = "unreadable"  # what `read_events` calls a damaged line
 
 
 class RunLog:
@@ -35,9 +36,10 @@ class RunLog:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._num_bytes = _whole_lines_bytes(path)  # of the lines that are written
         self._is_torn = True  # whatever stands after them
+        self._is_closed = False
 
     def append(self, row: dict[str, Any]) -> OSError | None:
-        """Writes the row, after all that wait; it reaches the system before this returns.
+        """Writes the row, after all that wait; it reaches the system before this returns. After ``close`` it is dropped.
 
         Returns:
             None, or why it waits in memory now, to be written by a later call.
@@ -47,12 +49,16 @@ class RunLog:
         """
         line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
         with self._lock:
+            if self._is_closed:  # a thread was late; the descriptor may belong to another file by now
+                return None
             self._pending.append(line)
             return self._write_pending()
 
     def sync(self) -> OSError | None:
         """Makes every row durable. None, or why it could not be done."""
         with self._lock:
+            if self._is_closed:
+                return None
             try:
                 error = self._write_pending()
                 if error is None:
@@ -68,7 +74,9 @@ class RunLog:
 
     def close(self) -> None:
         with self._lock:
-            os.close(self._file)
+            if not self._is_closed:
+                self._is_closed = True
+                os.close(self._file)
 
     def _write_pending(self) -> OSError | None:
         try:
@@ -110,8 +118,8 @@ def _whole_lines_bytes(path: Path) -> int:
     return 0
 
 
-def _whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset of its end, row) of every whole line."""
+def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
+    """(number, offset of its end, row) of every whole line; None instead of the row: damaged."""
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -119,39 +127,79 @@ def _whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
             end += len(line)
             try:
-                yield end, json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: no JSON: {error}") from None
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            yield number, end, row if isinstance(row, dict) else None
+
+
+def _damage(path: Path, number: int) -> ValueError:
+    return ValueError(f"{path}, line {number}: damaged: no JSON object")
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Every row of a .jsonl file, but a torn last one; none if there is no such file yet.
+    """Every row of a .jsonl file; none if there is no such file yet.
+
+    What is torn or damaged at its end, as a loss of power leaves it, counts as not written.
 
     Raises:
-        ValueError: another line is damaged; names it.
+        ValueError: a damaged line has sound ones after it; names it.
     """
-    if path.exists():
-        yield from (row for _, row in _whole_rows(path))
+    damaged = None  # the first such line
+    for number, _, row in _rows(path) if path.exists() else ():
+        if row is None:
+            damaged = damaged or number
+        elif damaged is not None:
+            raise _damage(path, damaged)
+        else:
+            yield row
+
+
+def read_events(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Every event; a damaged line is one, too: UNREADABLE, with its number. Nothing depends on them."""
+    path = run_dir / f"{EVENT_LOG}.jsonl"
+    for number, _, row in _rows(path) if path.exists() else ():
+        yield {"event": UNREADABLE, "line": number} if row is None else row
 
 
 def truncate_logs(run_dir: Path, step: int) -> None:
-    """Before a run goes on after ``step`` steps: cuts off later rows and torn lines; of events only torn ones.
+    """Before a run goes on after ``step`` steps: cuts off later rows, and all that is damaged behind those needed.
 
-    Rows stand in the order of their steps, so that cutting a file short does it: it needs no room on a full disk, and
-    if it is interrupted, the next time cuts at the same place.
+    Of events, which stay, only torn lines. Rows stand in the order of their steps, so that cutting a file short does
+    it: it needs no room on a full disk, and if it is interrupted, the next time cuts at the same place.
 
     Raises:
         OSError: a file cannot be read or cut.
-        ValueError: a line within a file is damaged; names it.
+        ValueError: a line that is needed is damaged; names it. Then no file has been cut.
     """
+    sizes = {}
     for name in STEP_LOGS:
         path = run_dir / f"{name}.jsonl"
         if path.exists():
-            kept = itertools.takewhile(lambda place: place[1]["step"] <= step, _whole_rows(path))
-            _cut(path, max((end for end, _ in kept), default=0))
+            sizes[path] = _needed_bytes(path, step, has_every_step=name in WITHOUT_GAPS)
     events = run_dir / f"{EVENT_LOG}.jsonl"
     if events.exists():
-        _cut(events, _whole_lines_bytes(events))
+        sizes[events] = _whole_lines_bytes(events)
+    for path, num_bytes in sizes.items():
+        _cut(path, num_bytes)
+
+
+def _needed_bytes(path: Path, step: int, has_every_step: bool) -> int:
+    """Size of the file up to the end of the last row of a step up to ``step``."""
+    num_bytes = reached = 0
+    damaged = None  # the first such line
+    for number, end, row in _rows(path):
+        if row is None:
+            damaged = damaged or number
+        elif row["step"] > step:
+            break
+        elif damaged is not None:
+            raise _damage(path, damaged)
+        else:
+            num_bytes, reached = end, row["step"]
+    if damaged is not None and has_every_step and reached < step:
+        raise _damage(path, damaged)
+    return num_bytes
 
 
 def _cut(path: Path, num_bytes: int) -> None:

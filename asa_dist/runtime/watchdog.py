@@ -2,6 +2,10 @@
 
 Collectives, Ray calls and files have time-outs of their own, which are raised as errors. This is for what they miss: a
 lock, a native call, a library that never returns.
+
+    a phase opens ──► its deadline ── + 0.5 s ──► the watchdog's thread: a message, all stacks, exit
+                           └───────── + 5 s ────► a timer without Python, for native code that holds the interpreter's
+                                                  lock: all stacks, exit
 """
 
 from __future__ import annotations
@@ -18,11 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0  # beyond a deadline, until the watchdog's own thread counts as unable to run
-LONGEST_TIMER_SECONDS = 1e6
 STDERR = 2  # the descriptor: whatever stands in sys.stderr
 EXIT_FAILED = 1
 
@@ -30,13 +33,12 @@ EXIT_FAILED = 1
 @dataclass(frozen=True)
 class _Phase:
     name: str
-    hint: str
     started: float  # time.monotonic()
     timeout_seconds: float
 
     @property
-    def left_seconds(self) -> float:
-        return self.started + self.timeout_seconds - time.monotonic()
+    def deadline(self) -> float:
+        return self.started + self.timeout_seconds
 
 
 class Watchdog:
@@ -48,29 +50,30 @@ class Watchdog:
 
     A phase that outlives its deadline ends the process with exit code 1: one message on stderr, the stacks of all
     threads in RUN/stacks/rank-N.txt. Phases may be nested and come from several threads; each keeps its own deadline.
+    A process has one watchdog: the interpreter has one such timer.
     """
 
     def __init__(self, run_dir: Path, rank: int):
         self._stacks = run_dir / "stacks" / f"rank-{rank}.txt"
+        self._file = _appendable(self._stacks)  # open all the time: the timer can only write to what is
         self._who = f"rank {rank} on {socket.gethostname()}"
         self._open: dict[object, _Phase] = {}  # outermost first
-        self._lock = threading.Lock()
+        self._timer_deadline: float | None = None  # what the timer is set for
+        self._lock = threading.Lock()  # of both
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     @contextmanager
-    def phase(self, name: str, timeout_seconds: float, hint: str = "") -> Iterator[None]:
-        """Names what this process does now, and how long it may take; costs microseconds.
+    def phase(self, name: str, timeout_seconds: float) -> Iterator[None]:
+        """Names what this process does now, and how long it may take; costs about a tenth of a millisecond.
 
         An error that leaves the innermost phase gets its name as a note (``__notes__``).
-
-        Args:
-            hint: where to look when the deadline has passed.
         """
         key = object()
         with self._lock:
-            self._open[key] = _Phase(name, hint, time.monotonic(), timeout_seconds)
+            self._open[key] = _Phase(name, time.monotonic(), timeout_seconds)
+            self._set_timer()
         try:
             yield
         except Exception as error:
@@ -80,6 +83,7 @@ class Watchdog:
         finally:
             with self._lock:
                 del self._open[key]
+                self._set_timer()
 
     def dump(self, reason: str, error: BaseException | None = None) -> Path | None:
         """Adds the stacks of all threads to RUN/stacks/rank-N.txt; its path, or None if it cannot be written.
@@ -89,26 +93,33 @@ class Watchdog:
         Args:
             error: of a deadline that was raised elsewhere: its traceback says where this thread had waited.
         """
-        header = f"{datetime.now(UTC).isoformat(timespec='seconds')} {self._who}, pid {os.getpid()}: {reason}\n"
-        try:
-            self._stacks.parent.mkdir(parents=True, exist_ok=True)
-            with self._stacks.open("a", encoding="utf-8") as file:
-                file.write(header)
-                if error is not None:
-                    file.write("".join(traceback.format_exception(error)) + "\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-                file.write("\n")
-        except OSError as error:
-            print(f"asa: {self._stacks}: {error.strerror}; the stacks:", file=sys.stderr, flush=True)
+        text = f"{datetime.now(UTC).isoformat(timespec='seconds')} {self._who}, pid {os.getpid()}: {reason}\n"
+        if error is not None:
+            text += "".join(traceback.format_exception(error)) + "\n"
+        if self._file is not None:
+            with suppress(OSError):  # the disk may be full
+                self._file.write(text.encode())
+                faulthandler.dump_traceback(self._file, all_threads=True)
+                self._file.write(b"\n")
+                return self._stacks
+        with suppress(OSError, ValueError):  # stderr may be gone
+            print(f"asa: {self._stacks} cannot be written; the stacks: {text}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(STDERR, all_threads=True)
-            return None
-        return self._stacks
+        return None
 
     def stop(self) -> None:
-        """Watches no longer."""
+        """Watches no longer; leaves no trace in the run folder if no stacks were dumped."""
         self._stopping.set()
         self._thread.join()
+        with self._lock:
+            self._set_timer()
+        if self._file is not None:
+            is_empty = self._file.tell() == 0
+            self._file.close()
+            with suppress(OSError):  # the folder may hold the stacks of others
+                if is_empty:
+                    self._stacks.unlink()
+                    self._stacks.parent.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -120,16 +131,22 @@ class Watchdog:
         while not self._stopping.wait(POLL_SECONDS):
             with self._lock:
                 phases = list(self._open.values())
-            next_due = min(phases, key=lambda phase: phase.left_seconds, default=None)
-            if next_due is None:
-                faulthandler.cancel_dump_traceback_later()
-                continue
-            if next_due.left_seconds <= 0:
+            next_due = min(phases, key=lambda phase: phase.deadline, default=None)
+            if next_due is not None and next_due.deadline <= time.monotonic():
                 self._end_process(next_due, phases)
-            # native code that hangs with the interpreter's lock would stop this thread too: a timer without Python
-            timer_seconds = min(max(0.0, next_due.left_seconds) + GRACE_SECONDS, LONGEST_TIMER_SECONDS)
-            faulthandler.dump_traceback_later(timer_seconds, exit=True, file=STDERR)
-        faulthandler.cancel_dump_traceback_later()
+
+    def _set_timer(self) -> None:
+        """For the earliest deadline; none after :meth:`stop`. Under the lock."""
+        phases = [] if self._stopping.is_set() else self._open.values()
+        deadline = min((phase.deadline for phase in phases), default=None)
+        if deadline == self._timer_deadline:
+            return
+        self._timer_deadline = deadline
+        if deadline is None:
+            faulthandler.cancel_dump_traceback_later()
+            return
+        seconds = min(max(0.0, deadline - time.monotonic()) + GRACE_SECONDS, threading.TIMEOUT_MAX)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._file or STDERR)
 
     def _end_process(self, phase: _Phase, phases: list[_Phase]) -> None:
         """Says why and exits without clean-up, which might wait for the same thing."""
@@ -140,8 +157,16 @@ class Watchdog:
             what += f" has lasted {lasted_seconds:.1f} s, its deadline is {phase.timeout_seconds:g} s"
             stacks = self.dump(what)
             where = f"what every thread was doing: {stacks}" if stacks else "stacks above"
-            hint = f"; {phase.hint}" if phase.hint else ""
             with suppress(OSError, ValueError):  # stderr may be gone
-                print(f"asa: {self._who}: {what}; {where}{hint}", file=sys.stderr, flush=True)
+                print(f"asa: {self._who}: {what}; {where}", file=sys.stderr, flush=True)
         finally:
             os._exit(EXIT_FAILED)
+
+
+def _appendable(path: Path) -> BinaryIO | None:
+    """The file, unbuffered; None if it cannot be opened."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab", buffering=0)
+    except OSError:
+        return None

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.live_run import of_kind
 from tests.real_run import ASA, Run, Start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.ray, pytest.mark.slow]
@@ -71,7 +70,7 @@ def test_killed_and_resumed(start: Start, undisturbed: Run, request: pytest.Fixt
     for step, kind in zip(steps, itertools.cycle(KILLED)):
         run.wait_until(lambda step=step: len(run.steps) >= step)
         time.sleep(rng.uniform(0, MAX_DELAY_SECONDS))
-        victims = of_kind(run.processes(), kind)
+        victims = run.of_kind(kind)
         assert victims, f"the run has no {kind} at step {step}"
         rng.choice(victims).kill()
         if kind != "worker":

@@ -20,7 +20,6 @@ import pytest
 
 from asa_dist.launcher import free_port
 from asa_dist.runtime.checkpoint_files import list_checkpoints
-from benchmarks.live_run import of_kind
 from tests.real_run import ASA, TINY, Run, Start
 from tests.runtime.data.corpora import documents
 
@@ -29,13 +28,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.ray, pytest.mark.slow]
 ENDLESS = ["train.steps=1000000", "train.eval_every_steps=1000000"]
 TWO_RANKS = "eyJsb2NhbGhvc3QiOiBbMCwgMV19"  # {"localhost": [0, 1]}, as the launcher wants it
 LEARNING = ["optimizer.lr_psi=1.0e-3", "optimizer.lr_phi=1.0e-3", "optimizer.lr_xi=1.0e-3"]
-
-
-def the(kind: str, run: Run) -> psutil.Process:
-    """One of this kind; there must be one."""
-    found = of_kind(run.processes(), kind)
-    assert found, f"no {kind} in {[' '.join(process.cmdline()) for process in run.processes()]}"
-    return found[0]
 
 
 def wait_for_steps(run: Run, num_steps: int) -> None:
@@ -73,17 +65,17 @@ def test_workers_die_and_processes_stand_still(start: Start) -> None:
     run = start(ASA, *ENDLESS, *LEARNING, "rollout.workers=2", "rollout.max_policy_age=1",
                 "rollout.heartbeat_timeout_seconds=4.0")
     wait_for_steps(run, 3)
-    killed = the("worker", run)
+    killed = run.the("worker")
     killed.kill()
     run.wait_until(lambda: len(events(run, "worker_started")) == 3)
     died, = events(run, "worker_died")
     assert died["worker"] in ("worker-0", "worker-1") and died["reason"]
     for kind in ("rank 0", "rank 1", "coordinator"):
         wait_for_steps(run, 1)
-        stand_still(the(kind, run), seconds=5)
+        stand_still(run.the(kind), seconds=5)
     wait_for_steps(run, 5)
     assert len(events(run, "worker_died")) == 1, "who stood still was not the workers"
-    hung = the("worker", run)
+    hung = run.the("worker")
     hung.suspend()
     run.wait_until(lambda: len(events(run, "worker_died")) == 2)
     assert "no heartbeat" in events(run, "worker_died")[1]["reason"]
@@ -146,7 +138,7 @@ def test_a_killed_coordinator_of_a_slow_trainer(start: Start) -> None:
     run = start(ASA, *ENDLESS, *LEARNING, "rollout.max_policy_age=4", "train.corpus_rows_per_step=64",
                 "rollout.max_new_tokens=2")
     wait_for_steps(run, 20)
-    the("coordinator", run).kill()
+    run.the("coordinator").kill()
     assert run.wait() == 1
     assert "Traceback" not in run.errors and "coordinator" in run.errors, run.errors
     assert list_checkpoints(run.run_dir)[0].step == len(run.steps)
@@ -164,7 +156,7 @@ def test_a_killed_coordinator_of_a_slow_trainer(start: Start) -> None:
 def test_a_rank_that_stands_still_for_good(start: Start) -> None:
     run = start(ASA, *ENDLESS, "rollout.timeout_seconds=18", "train.collective_timeout_seconds=20")
     wait_for_steps(run, 2)
-    the("rank 1", run).suspend()
+    run.the("rank 1").suspend()
     assert run.wait() == 1
     said = next(line for line in run.errors.splitlines() if line.startswith("asa: rank 0 on "))
     assert re.search(r", while \S.*: another rank did not answer for 20 s \(train.collective_timeout_seconds\)", said)
@@ -186,7 +178,7 @@ def test_ended_early_without_asa(start: Start) -> None:
     unlimited = ["train.max_wall_time_minutes=null", "--run-dir", str(run.run_dir), "--resume"]
     run.start(*launcher, str(run.run_dir / "config.yaml"), *unlimited)
     run.wait_until(lambda: len(run.steps) >= first + 3)
-    the("rank 1", run).send_signal(signal.SIGUSR1)
+    run.the("rank 1").send_signal(signal.SIGUSR1)
     assert run.wait() == 75, run.errors
     assert events(run, "resumed")[0]["step"] == first
     assert list_checkpoints(run.run_dir)[0].step == len(run.steps)

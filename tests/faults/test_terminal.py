@@ -10,14 +10,14 @@ import sys
 import termios
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from asa_dist.cli import main
 from asa_dist.resume import latest_step
-from tests.real_run import ROOT, RUN_VARIABLE, TINY, Run
+from benchmarks.live_run import ROOT, RUN_VARIABLE
+from tests.real_run import TINY, Run
 from tests.runtime.data.corpora import documents
 
 pytestmark = [pytest.mark.distributed, pytest.mark.ray, pytest.mark.slow]
@@ -26,12 +26,13 @@ CTRL_C = b"\x03"
 ASKED = "asa: stopping: finishing the step and writing a checkpoint (once more to stop at once)"
 
 
-@dataclass
 class Terminal(Run):
     """A run in the foreground of a terminal of its own, and what stands on the screen."""
 
-    _screen: bytearray = field(default_factory=bytearray)
-    _keyboard: int | None = None
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._screen = bytearray()
+        self._keyboard: int | None = None
 
     def start(self, *command: str) -> None:
         self.close()
@@ -117,7 +118,7 @@ def test_ctrl_c(run: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_twice(run: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
     """Ends at once, whatever state the ranks are in."""
-    run.find("asa_dist.train", "--local_rank=1").suspend()  # so that it cannot end well in between
+    run.the("rank 1").suspend()  # so that it cannot end well in between
     run.press(CTRL_C)
     run.wait_until(lambda: ASKED in run.output)
     run.press(CTRL_C)
