@@ -12,8 +12,7 @@ from pathlib import Path
 from asa_dist import __version__
 from asa_dist.config import Config, ConfigError, dump_config, load_config
 from asa_dist.config_text import read_tree
-
-EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+from asa_dist.runtime.stopping import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,7 +80,7 @@ def _overrides(options: argparse.Namespace, path: Path) -> list[str]:
 def train_command(options: argparse.Namespace) -> int:
     config = load_config(options.config, _overrides(options, options.config))
     run_dir = options.run_dir or Path("runs") / f"{options.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return _run(config, run_dir, str(options.config), is_dry=options.dry_run, resume=False)
+    return _run(config, run_dir, str(options.config), options, resume=False)
 
 
 def resume_command(options: argparse.Namespace) -> int:
@@ -90,7 +89,8 @@ def resume_command(options: argparse.Namespace) -> int:
     run_dir = options.run_dir
     path = config_path(run_dir)
     config = load_run_config(run_dir, _overrides(options, path))
-    step, num_steps = latest_step(run_dir), config.train.steps
+    num_steps = config.train.steps
+    step = latest_step(run_dir, num_steps)
     if step is None:
         print("there is no checkpoint yet: starting from the beginning", flush=True)
     elif step < num_steps:
@@ -99,14 +99,14 @@ def resume_command(options: argparse.Namespace) -> int:
         longer = f"asa resume {shlex.quote(str(run_dir))} train.steps=…"
         print(f"{run_dir} has finished: step {step} of train.steps = {num_steps}; to go on longer: {longer}")
         return 0
-    return _run(config, run_dir, str(path), is_dry=options.dry_run, resume=True)
+    return _run(config, run_dir, str(path), options, resume=True)
 
 
-def _run(config: Config, run_dir: Path, origin: str, *, is_dry: bool, resume: bool) -> int:
+def _run(config: Config, run_dir: Path, origin: str, options: argparse.Namespace, *, resume: bool) -> int:
     """``origin``: the config's name in messages."""
     from asa_dist.launcher import assign_gpus, describe, run_training
 
-    gpus = None if is_dry else assign_gpus(config, origin)
+    gpus = None if options.dry_run else assign_gpus(config, origin)
     from asa_dist.rollout.cluster import ClusterError  # seconds, from here on
     from asa_dist.runtime.data.errors import DataError
     from asa_dist.runtime.model import ModelError
@@ -115,7 +115,7 @@ def _run(config: Config, run_dir: Path, origin: str, *, is_dry: bool, resume: bo
         if gpus is None:
             print(f"{dump_config(config)}\n{describe(config)}")
             return 0
-        return run_training(config, run_dir, gpus, resume=resume)
+        return run_training(config, run_dir, gpus, resume=resume, started_at=options.started_at)
     except (DataError, ModelError) as error:
         raise ConfigError(str(error)) from None
     except ClusterError as error:
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished, or stopped as asked; 1 failed; 2 the config or its content cannot be used; 75 ended
     early, start again with `asa resume`; 128 + n stopped at once by signal n."""
     options = parse_arguments(arguments)
+    options.started_at = time.time()
     try:
         return options.action(options)
     except ConfigError as error:

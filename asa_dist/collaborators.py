@@ -109,6 +109,8 @@ class PeriodicCheckpoints:
             result = self._checkpointer.save(step, state, rollouts, before_commit=self._recorder.sync)
         if result.ok:
             self._recorder.event("checkpoint", step=step, seconds=round(result.seconds, 3), bytes=result.num_bytes)
+            if result.reason:
+                self._recorder.say(f"asa: warning: the checkpoint of step {step} is written, but: {result.reason}")
             self._due_step = self._next_due(step)
         else:
             self._recorder.event("checkpoint_failed", step=step, reason=result.reason)

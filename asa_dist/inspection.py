@@ -17,13 +17,13 @@ from asa_dist.runtime.checkpoint_files import (
     ROLLOUTS,
     CheckpointError,
     CheckpointFolder,
-    FileRecord,
     list_checkpoints,
+    list_set_aside,
     read_manifest,
     verify_files,
 )
 from asa_dist.runtime.run_lock import lock_holder
-from asa_dist.runtime.run_log import read_rows
+from asa_dist.runtime.run_log import read_events, read_rows
 
 SHOWN_EVENTS = 10
 SHOWN_IDS = 5
@@ -66,6 +66,7 @@ class Inspection:
     worked_on_by: str | None  # None: nobody
     ledger: Ledger
     checkpoints: list[CheckpointReport]  # newest first
+    set_aside: list[str]  # names of damaged ones without which the run went on
     events: dict[str, int]  # how many of each
     last_events: list[dict[str, Any]]  # without routine ones
 
@@ -110,7 +111,7 @@ def inspect_run(run_dir: Path, *, is_quick: bool, progress: Callable[[str], None
         raise ConfigError(f"{path}: not the resolved config of a run: train.steps, rollout.prompts_per_step") from None
     try:
         ledger = tally(read_rows(run_dir / "trained.jsonl"), prompts_per_step)
-        events = list(read_rows(run_dir / "events.jsonl"))
+        events = list(read_events(run_dir))
         counts = Counter(str(event["event"]) for event in events)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -122,6 +123,7 @@ def inspect_run(run_dir: Path, *, is_quick: bool, progress: Callable[[str], None
         worked_on_by=lock_holder(run_dir),
         ledger=ledger,
         checkpoints=[examine(checkpoint, is_quick, progress) for checkpoint in list_checkpoints(run_dir)],
+        set_aside=list_set_aside(run_dir),
         events=dict(sorted(counts.items())),
         last_events=[event for event in events if event["event"] not in ROUTINE_EVENTS][-SHOWN_EVENTS:],
     )
@@ -164,8 +166,7 @@ def examine(checkpoint: CheckpointFolder, is_quick: bool, progress: Callable[[st
     problems: list[str] = []
     for name, record in manifest.files.items():
         progress(f"{checkpoint.name}/{name}, {in_units(record.bytes)}")
-        problems += _wrong_size(checkpoint.path, name, record) if is_quick else verify_files(
-            checkpoint.path, {name: record})
+        problems += verify_files(checkpoint.path, {name: record}, sizes_only=is_quick)
     open_prompts, open_groups = None, None
     if ROLLOUTS in manifest.files and not any(problem.startswith(ROLLOUTS) for problem in problems):
         try:
@@ -183,14 +184,6 @@ def examine(checkpoint: CheckpointFolder, is_quick: bool, progress: Callable[[st
         open_prompts=open_prompts,
         open_groups=open_groups,
     )
-
-
-def _wrong_size(folder: Path, name: str, record: FileRecord) -> list[str]:
-    try:
-        size = (folder / name).stat().st_size
-    except OSError as error:
-        return [f"{name}: {error.strerror}"]
-    return [] if size == record.bytes else [f"{name}: {size:,} bytes instead of {record.bytes:,}"]
 
 
 def _open_rollouts(path: Path) -> tuple[int, int]:
@@ -217,6 +210,7 @@ def as_text(found: Inspection) -> str:
         f"  lost: {_ids(ledger.lost)}; repeated: {_ids(ledger.repeated)}",
         "checkpoints" + (", newest first" if found.checkpoints else ": none"),
         *(line for report in found.checkpoints for line in _checkpoint_lines(report)),
+        *(f"  {name}  set aside: the run went on without it, from an older one" for name in found.set_aside),
         "events" + ("" if found.events else ": none"),
     ]
     if found.events:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asa_dist.config import Config, ConfigError
-from asa_dist.runtime.checkpoint_files import list_checkpoints
+from asa_dist.runtime.checkpoint_files import CheckpointFolder, list_checkpoints, newest_whole
 from asa_dist.runtime.run_lock import hold_run_folder
 from asa_dist.runtime.stopping import EXIT_ENDED_EARLY, SignalCatcher, ask_to_stop, tell
 
@@ -117,11 +117,14 @@ def _visible_gpus() -> list[str]:
     return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
-def run_training(config: Config, run_dir: Path, gpus: GpuAssignment, *, resume: bool = False) -> int:
+def run_training(
+    config: Config, run_dir: Path, gpus: GpuAssignment, *, resume: bool = False, started_at: float
+) -> int:
     """Trains on this machine, to the end or until asked to stop; ends every process it started; says how to go on.
 
     Args:
         resume: go on from the newest checkpoint of ``run_dir``, or from the beginning if there is none.
+        started_at: Unix time from which `train.max_wall_time_minutes` count.
 
     Returns:
         the exit code: 0 finished, or stopped as asked; 75 ended early, by `train.max_wall_time_minutes` or a signal
@@ -155,7 +158,8 @@ def run_training(config: Config, run_dir: Path, gpus: GpuAssignment, *, resume: 
             if not gpus.train:
                 environment["DS_ACCELERATOR"] = "cpu"
             devices = gpus.train or range(config.num_ranks)
-            code = stop.run(_launcher_command(devices, run_dir, ray.address, resume), environment, lock)
+            command = _launcher_command(devices, run_dir, ray.address, resume, started_at)
+            code = stop.run(command, environment, lock)
     return report_end(code, stop.killed_by, run_dir, config.train.steps)
 
 
@@ -169,10 +173,9 @@ def report_end(code: int, killed_by: int | None, run_dir: Path, num_steps: int) 
     Returns:
         the exit code of `asa train`.
     """
-    newest = next(iter(list_checkpoints(run_dir)), None)
+    newest = newest_whole(run_dir)
     after_step = f" after step {newest.step}" if newest else ""
-    last = f"last checkpoint: {newest.path}" if newest else "no checkpoint yet"
-    go_on = f"{last}; go on with: asa resume {shlex.quote(str(run_dir))}"
+    go_on = f"{_last_checkpoint(newest, run_dir)}; go on with: asa resume {shlex.quote(str(run_dir))}"
     if code == 0:
         is_finished = newest is not None and newest.step >= num_steps
         print(f"finished: {run_dir}" if is_finished else f"stopped{after_step}; {go_on}", flush=True)
@@ -187,6 +190,12 @@ def report_end(code: int, killed_by: int | None, run_dir: Path, num_steps: int) 
     return code if code > 0 else 128 - code
 
 
+def _last_checkpoint(newest: CheckpointFolder | None, run_dir: Path) -> str:
+    if newest is not None:
+        return f"last checkpoint: {newest.path}"
+    return "NONE of its checkpoints can be used" if list_checkpoints(run_dir) else "no checkpoint yet"
+
+
 def _reason(launcher_code: int) -> str:
     if launcher_code < 0:
         return f"the launcher was ended by signal {-launcher_code}"
@@ -195,7 +204,9 @@ def _reason(launcher_code: int) -> str:
     return f"exit code {launcher_code}"
 
 
-def _launcher_command(devices: Sequence[int | str], run_dir: Path, ray_address: str, resume: bool) -> list[str]:
+def _launcher_command(
+    devices: Sequence[int | str], run_dir: Path, ray_address: str, resume: bool, started_at: float
+) -> list[str]:
     """DeepSpeed's launcher of one host: a rank per device; they read the resolved config of the run folder.
 
     `deepspeed` itself, the launcher of several hosts, would only start this one, number GPUs from 0 whatever
@@ -205,7 +216,8 @@ def _launcher_command(devices: Sequence[int | str], run_dir: Path, ray_address: 
     launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "critical"]
     launch += ["--world_info", hosts, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     train = ["--module", "asa_dist.train", str(run_dir / "config.yaml"), "--run-dir", str(run_dir), "--prepared"]
-    return [*launch, *train, "--ray-address", ray_address, *(["--resume"] if resume else [])]
+    train += ["--ray-address", ray_address, "--started-at", repr(started_at), *(["--resume"] if resume else [])]
+    return [*launch, *train]
 
 
 class StopOnSignal(SignalCatcher):
@@ -213,6 +225,7 @@ class StopOnSignal(SignalCatcher):
 
     Before ranks are started, the first one ends it. Then the first one asks the ranks, through the run folder, to
     finish their step and to write a checkpoint; they never see it, in a session of their own. The second one kills.
+    After they have ended there is nothing left to ask; what a killed launcher may have left behind is ended at once.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -220,7 +233,7 @@ class StopOnSignal(SignalCatcher):
         self.killed_by: int | None = None  # the second signal's number
         self._run_dir = run_dir
         self._num_received = 0
-        self._is_launching = False
+        self._is_launching = self._has_ended = False
         self._group: int | None = None  # the launcher's process group, while any of it may be alive
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int]) -> int:
@@ -231,6 +244,7 @@ class StopOnSignal(SignalCatcher):
         if self.killed_by is not None:
             self._end(signal.SIGKILL)
         code = launcher.wait()
+        self._has_ended = True
         deadline = time.monotonic() + STOP_GRACE_SECONDS
         while _is_alive(self._group):  # the launcher leaves after its ranks, unless it was killed
             in_time = self.killed_by is None and time.monotonic() < deadline
@@ -246,6 +260,8 @@ class StopOnSignal(SignalCatcher):
             if is_first:  # the next one would interrupt the cleaning up
                 tell("stopping")
                 raise SystemExit(128 + number)
+        elif self._has_ended:
+            self._end(signal.SIGKILL)
         elif is_first:
             self._ask(number)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asa_dist.config import Config, ConfigError, load_config
-from asa_dist.runtime.checkpoint_files import list_checkpoints
+from asa_dist.runtime.checkpoint_files import list_checkpoints, verify
 
 # Sections and fields that weights, data order or ledger of a run depend on; of MAY_CHANGE they do not.
 FIXED = (
@@ -19,9 +19,25 @@ FIXED = (
 MAY_CHANGE = ("model.attention", "model.activation_checkpointing", "model.logprob_chunk_tokens")
 
 
-def latest_step(run_dir: Path) -> int | None:
-    """Steps made when the newest checkpoint was written, whether or not it is still intact; None without any."""
-    return max((checkpoint.step for checkpoint in list_checkpoints(run_dir)), default=None)
+def latest_step(run_dir: Path, num_steps: int | None = None) -> int | None:
+    """Steps made at the newest checkpoint that looks sound: where a run goes on. None without any checkpoint.
+
+    Args:
+        num_steps: of a finished run. Only the sizes of files are looked at, but of a checkpoint of so many steps every
+            byte: nothing else would, for what has finished is not loaded.
+
+    Raises:
+        ConfigError: there are checkpoints, and none can be used; lists them.
+    """
+    problems = []
+    for checkpoint in list_checkpoints(run_dir):
+        is_last = num_steps is not None and checkpoint.step >= num_steps
+        if not (found := verify(checkpoint.path, sizes_only=not is_last)):
+            return checkpoint.step
+        problems.append(f"\n  {checkpoint.name}: {'; '.join(found)}")
+    if problems:
+        raise ConfigError(f"{run_dir}: none of its checkpoints can be used:{''.join(problems)}")
+    return None
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str]) -> Config:
@@ -31,14 +47,27 @@ def load_run_config(run_dir: Path, overrides: Sequence[str]) -> Config:
         ConfigError: no run folder, a wrong override, or one that contradicts what the run is; one line per key.
     """
     path = config_path(run_dir)
-    before, after = load_config(path), load_config(path, overrides)
+    after = load_config(path, overrides)
+    refuse_changes(path, after)
+    return after
+
+
+def refuse_changes(path: Path, after: Config) -> None:
+    """
+    Args:
+        path: the config of the run.
+        after: that with which it is to go on.
+
+    Raises:
+        ConfigError: it contradicts what the run is; one line per key.
+    """
+    before = load_config(path)
     if problems := [
         f"{path}: {key} = {old!r}, now {new!r}: cannot change in a run: start a new one"
         for key, old, new in _changes(before.model_dump(), after.model_dump(), "")
         if _is_in(key, FIXED) and not _is_in(key, MAY_CHANGE)
     ]:
         raise ConfigError("\n".join(problems))
-    return after
 
 
 def config_path(run_dir: Path) -> Path:

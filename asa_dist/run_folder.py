@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asa_dist.config import Config, ConfigError, dump_config
+from asa_dist.resume import refuse_changes
 from asa_dist.runtime.run_lock import hold_run_folder
 
 if TYPE_CHECKING:
@@ -19,19 +19,23 @@ if TYPE_CHECKING:
 def prepare_run_folder(config: Config, run_dir: Path, resume: bool = False) -> DataSummary:
     """Data, tokenizer and resolved config in the run folder. Idempotent; one process does it.
 
+    The caller holds the run folder (:func:`hold_run_folder`).
+
     Args:
         resume: the folder may hold a run already, which is to go on.
 
     Raises:
-        DataError: content or files that cannot be used, or a run folder that belongs to another run. A run folder
-            made for this call is removed again.
+        ConfigError: the run is to go on as another one. Nothing has been changed.
+        DataError: content or files that cannot be used, or a run folder that belongs to another run.
     """
     from asa_dist.runtime.checkpoint_files import write_atomically
     from asa_dist.runtime.data.errors import DataError
     from asa_dist.runtime.data.prepare import prepare
     from asa_dist.runtime.stopping import forget_stop_request
 
-    is_new = not run_dir.exists()
+    config_path = run_dir / "config.yaml"
+    if resume and config_path.exists():
+        refuse_changes(config_path, config)
     try:
         if (run_dir / "metrics.jsonl").exists() and not resume:
             raise DataError(
@@ -39,14 +43,10 @@ def prepare_run_folder(config: Config, run_dir: Path, resume: bool = False) -> D
                 "with --run-dir"
             )
         summary = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: print(message, flush=True))
-        write_atomically(run_dir / "config.yaml", dump_config(config))
+        write_atomically(config_path, dump_config(config))
         forget_stop_request(run_dir)
-    except (DataError, OSError) as error:
-        if is_new:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise DataError(f"{error.filename or run_dir}: {error.strerror or error}") from None
-        raise
+    except OSError as error:
+        raise DataError(f"{error.filename or run_dir}: {error.strerror or error}") from None
     return summary
 
 

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asa_dist.config import Config, ConfigError, build_config, load_config
+from asa_dist.runtime.stopping import ENDED_EARLY, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY, EXIT_FAILED, GO_ON, StopRequests
 
 if TYPE_CHECKING:
     from asa_dist.asa.loop import AsaLoop
     from asa_dist.collaborators import PeriodicCheckpoints, RolloutFeed
     from asa_dist.runtime.engine import Placement, TrainEngine
     from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
-    from asa_dist.runtime.stopping import StopRequests
     from asa_dist.runtime.watchdog import Watchdog
 
-EXIT_FAILED, EXIT_BAD_CONFIG = 1, 2
 END_TIMEOUT_SECONDS = 120.0  # for the parts of a run to end, each of which has a deadline of its own
 
 
@@ -151,7 +150,6 @@ def train(options: argparse.Namespace, config: Config, run_dir: Path, placement:
 
     from asa_dist.run_folder import prepared_together
     from asa_dist.runtime.engine import describe_lost_peer, is_lost_peer, join_process_group
-    from asa_dist.runtime.stopping import StopRequests
     from asa_dist.runtime.watchdog import Watchdog
 
     torch.set_num_threads(config.train.threads_per_rank)
@@ -176,9 +174,6 @@ def train(options: argparse.Namespace, config: Config, run_dir: Path, placement:
 
 def _train_prepared(rank: Rank) -> int:
     """Opens the parts, runs the loop, closes the parts; returns the exit code."""
-    from asa_dist.asa.loop import GO_ON
-    from asa_dist.runtime.stopping import ENDED_EARLY, EXIT_ENDED_EARLY
-
     parts = ExitStack()
     try:
         loop, recorder = _open_parts(rank, parts)

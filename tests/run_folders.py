@@ -37,12 +37,19 @@ def write_trained(folder: Path, config: Config, steps: int) -> None:
         for step in range(1, steps + 1)))
 
 
+def flip_a_bit(path: Path) -> None:
+    """Of the byte in the middle: only a checksum notices."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def write_checkpoint(folder: Path, step: int, snapshot: LedgerSnapshot | None = None, num_ranks: int = 2) -> Path:
     """A complete one, of random-looking bytes."""
-    files.start_partial(folder, step)
-    partial = files.partial_folder(folder, step)
+    partial = files.start_partial(folder, step)
     contents = {f"{files.SHARDS}/rank-{rank:05d}.safetensors": bytes([rank, step]) * 500 for rank in range(num_ranks)}
     contents[files.ROLLOUTS] = dump_snapshot(snapshot or LedgerSnapshot(step, ()))
     records = {name: files.write_file(partial / name, [content]) for name, content in contents.items()}
-    name = files.complete(folder, files.Manifest(step, num_ranks, 3, VERSIONS, {"weight": (2, 3)}, records))
+    name = files.complete(folder, partial, files.Manifest(step, num_ranks, 3, VERSIONS, {"weight": (2, 3)}, records))
+    files.name_latest(folder, name)
     return folder / files.FOLDER / name

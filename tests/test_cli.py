@@ -9,18 +9,20 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from asa_dist import __version__
+from asa_dist import __version__, launcher
 from asa_dist.cli import main
 from asa_dist.config import ConfigError, load_config
 from asa_dist.launcher import GPU_DRIVER_FILES
 from asa_dist.runtime.run_lock import hold_run_folder
 from asa_dist.train import adapt_to_launcher
-from tests.run_folders import write_checkpoint, write_run, write_trained
+from tests.run_folders import flip_a_bit, write_checkpoint, write_run, write_trained
 from tests.runtime.data.corpora import documents
 
 ROOT = Path(__file__).parent.parent
@@ -370,6 +372,38 @@ def test_a_finished_run_is_not_started_again(tmp_path: Path, run_dir: Path) -> N
     assert outcome.code == 0 and outcome.is_light and outcome.started_nothing and outcome.stderr == ""
     assert outcome.stdout == (f"{run_dir} has finished: step 10 of train.steps = 10; to go on longer: asa resume "
                               f"{run_dir} train.steps=…\n")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda path: path.write_bytes(b"cut off"), Path.unlink])
+def test_a_finished_run_whose_last_checkpoint_is_damaged_goes_on(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
+) -> None:
+    damage(write_checkpoint(run_dir, 10) / "shards/rank-00001.safetensors")
+    assert main(["resume", str(run_dir), "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("going on after step 6 of 10\n")
+
+
+def test_no_checkpoint_can_be_used(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "checkpoints/step-00000006/manifest.json").unlink()
+    flip_a_bit(write_checkpoint(run_dir, 10) / "shards/rank-00001.safetensors")
+    assert main(["resume", str(run_dir)]) == 2
+    assert capsys.readouterr().err == (
+        f"asa: {run_dir}: none of its checkpoints can be used:\n"
+        "  step-00000010: shards/rank-00001.safetensors: its checksum does not match: bytes were changed\n"
+        "  step-00000006: manifest.json: missing\n")
+
+
+def test_the_wall_time_counts_from_the_start_of_asa(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def instead(*_: object, started_at: float, **__: object) -> int:
+        seen.append(started_at)
+        return 0
+
+    monkeypatch.setattr(launcher, "run_training", instead)
+    before = time.time()
+    assert main(["resume", str(run_dir)]) == 0
+    assert before <= seen[0] <= time.time()
 
 
 def test_dry_run_of_resume(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

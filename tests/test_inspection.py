@@ -12,8 +12,9 @@ import pytest
 from asa_dist.cli import main
 from asa_dist.inspection import Inspection, in_units, inspect_run
 from asa_dist.records import LedgerSnapshot, OpenStep, Prompt, Response, RolloutGroup
+from asa_dist.runtime.checkpoint_files import set_aside
 from asa_dist.runtime.run_lock import hold_run_folder
-from tests.run_folders import write_checkpoint, write_rows, write_run, write_trained
+from tests.run_folders import flip_a_bit, write_checkpoint, write_rows, write_run, write_trained
 
 
 def look(run_dir: Path, is_quick: bool = False) -> Inspection:
@@ -96,7 +97,7 @@ def test_a_line_that_was_cut_off_is_not_there(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("not JSON", "{}/trained.jsonl, line 1: no JSON: Expecting value: line 1 column 1 (char 0)"),
+    ("not JSON", "{}/trained.jsonl, line 1: no JSON object"),
     ('{"steps": 1}', "{}: a row of trained.jsonl or events.jsonl that no run writes: KeyError('step')"),
     ('{"step": 7, "prompt_ids": null}', "{}: a row of trained.jsonl or events.jsonl that no run writes: TypeError("),
 ])
@@ -121,10 +122,7 @@ def test_open_prompts(run_dir: Path) -> None:
 # --- checkpoints --------------------------------------------------------------------------------------------------
 def test_a_changed_byte(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The newest is damaged: the run goes on from the one before."""
-    path = run_dir / "checkpoints/step-00000006/shards/rank-00001.safetensors"
-    content = bytearray(path.read_bytes())
-    content[7] ^= 1
-    path.write_bytes(content)
+    flip_a_bit(run_dir / "checkpoints/step-00000006/shards/rank-00001.safetensors")
     assert main(["inspect", str(run_dir)]) == 0
     printed = capsys.readouterr().out
     assert "stopped after step 3 of 10" in printed
@@ -145,6 +143,15 @@ def test_files_that_are_cut_off_or_missing(run_dir: Path, is_quick: bool) -> Non
     assert newest.problems[1].startswith("shards/rank-00001.safetensors: ") and len(newest.problems) == 2
     assert len(oldest.problems) == 1 and oldest.problems[0].startswith("manifest.json: ")
     assert found.status == "stopped; NONE of its checkpoints can be used" and not found.is_sound
+
+
+def test_what_was_set_aside(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_aside(run_dir, "step-00000006")
+    assert main(["inspect", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert "stopped after step 3 of 10" in printed
+    assert "\n  damaged-step-00000006  set aside: the run went on without it, from an older one\n" in printed
+    assert look(run_dir).set_aside == ["damaged-step-00000006"]
 
 
 def test_it_says_what_it_reads(run_dir: Path) -> None:
@@ -169,6 +176,17 @@ def test_deaths_and_restarts(run_dir: Path, capsys: pytest.CaptureFixture[str]) 
     assert "  30 checkpoint, 1 resumed, 1 started, 1 worker_died, 1 worker_started\n" in printed
     assert printed.endswith("  T0 started\n  T1 worker_died: worker worker-0, reason its process ended\n"
                             "  T3 resumed: step 6, ranks 2\n")
+
+
+def test_damaged_logs_after_a_loss_of_power(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run_dir / "trained.jsonl").open("ab") as file:
+        file.write(bytes(4096) + b"\n" + bytes(100))
+    with (run_dir / "events.jsonl").open("ab") as file:
+        file.write(bytes(4096) + b"\n" + b'{"time": "T", "event": "stopped", "step": 6}\n')
+    assert main(["inspect", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert "  trained: 24 prompts in 6 steps" in printed and "  1 started, 1 stopped, 1 unreadable\n" in printed
+    assert printed.endswith("  ? unreadable: line 2\n  T stopped: step 6\n")
 
 
 def test_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

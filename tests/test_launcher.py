@@ -16,7 +16,8 @@ import torch
 
 from asa_dist import launcher
 from asa_dist.config import Config, ConfigError, load_config
-from asa_dist.launcher import StopOnSignal, assign_gpus, report_end
+from asa_dist.launcher import StopOnSignal, _launcher_command, assign_gpus, report_end
+from asa_dist.train import parse_arguments
 from tests.run_folders import write_checkpoint, write_run
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"
@@ -147,6 +148,45 @@ def test_before_anything_is_launched_the_first_signal_ends_it(
     assert capfd.readouterr().err == "asa: stopping\n" and list(tmp_path.iterdir()) == []
 
 
+def test_after_the_launcher_has_ended_nobody_is_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with StopOnSignal(tmp_path) as stop:
+        assert stop.run([sys.executable, "-c", ""], os.environ, ()) == 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal_this_process(number)
+    assert stop.killed_by is None
+    assert capfd.readouterr().err == "" and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_launcher_leaves_is_ended_at_once_if_asked(tmp_path: Path) -> None:
+    def meanwhile(pid: int) -> None:
+        (child,) = psutil.Process(pid).children()
+        child.suspend()  # SIGTERM does not reach it
+        os.kill(pid, signal.SIGKILL)
+        wait_until_gone(pid)
+        signal_this_process(signal.SIGINT)
+
+    started = time.monotonic()
+    assert run_and(tmp_path, DEAF_WITH_CHILD, meanwhile) == (-signal.SIGKILL, None)
+    assert time.monotonic() - started < launcher.STOP_GRACE_SECONDS and not (tmp_path / "stop").exists()
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline, f"{pid} is not waited for"
+        time.sleep(0.01)
+
+
+# --- what the ranks are told --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_ranks_understand_their_command(tmp_path: Path, resume: bool) -> None:
+    command = _launcher_command(["0", "1"], tmp_path, "127.0.0.1:6379", resume, 1763797931.1234567)
+    understood = parse_arguments(["--local_rank=1", *command[command.index("asa_dist.train") + 1 :]])
+    assert understood.config == str(tmp_path / "config.yaml") and understood.run_dir == tmp_path
+    assert understood.prepared and understood.resume is resume and understood.ray_address == "127.0.0.1:6379"
+    assert understood.started_at == 1763797931.1234567
+
+
 # --- the last words -----------------------------------------------------------------------------------------------
 NO_CHECKPOINT = "no checkpoint yet; go on with: asa resume {}\n"
 STEP_4 = "last checkpoint: {}/checkpoints/step-00000004; go on with: asa resume {}\n"
@@ -176,6 +216,18 @@ def test_last_words(
     printed = capfd.readouterr()
     assert (printed.err if words.startswith("asa: ") else printed.out) == words.format(run_dir, run_dir)
     assert printed.out == "" or printed.err == ""
+
+
+def test_the_last_checkpoint_is_one_that_can_be_used(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    write_run(run_dir)
+    older, newer = write_checkpoint(run_dir, 4), write_checkpoint(run_dir, 10)
+    (newer / "shards/rank-00000.safetensors").write_bytes(b"cut off")
+    report_end(1, None, run_dir, num_steps=10)
+    assert capfd.readouterr().err == "asa: the run failed (exit code 1); " + STEP_4.format(run_dir, run_dir)
+    (older / "manifest.json").unlink()
+    report_end(1, None, run_dir, num_steps=10)
+    assert "; NONE of its checkpoints can be used; go on with: asa resume " in capfd.readouterr().err
 
 
 def test_the_command_can_be_pasted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

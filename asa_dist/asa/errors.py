@@ -1,4 +1,4 @@
-"""The exceptions of the maths and the loop."""
+"""What ends training on every rank: an error of its own, or no more rollouts."""
 
 from __future__ import annotations
 

@@ -80,7 +80,6 @@ class Checkpoints(Protocol):
 
 
 LARGEST_EXPONENT = 700.0  # of exp in float64
-GO_ON = 0  # what ``stop_code`` answers if nobody asks the run to stop
 COUNTERS = ("tokens/corpus", "tokens/rollout", "train/skipped_steps")
 
 
@@ -100,7 +99,7 @@ class AsaLoop:
     recorder: Recorder
     checkpoints: Checkpoints
     learning_rates: Callable[[int], dict[str, float]]
-    stop_code: Callable[[], int]  # GO_ON, or why to stop; the largest of all ranks counts
+    stop_code: Callable[[], int]  # 0: go on; else why to stop; the largest of all ranks counts
     finished: int = 0  # steps; = the policy version
     saved: int = 0  # steps of the newest checkpoint
     counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0.0))  # since the first step
@@ -118,13 +117,13 @@ class AsaLoop:
         """
         stop = self._start(num_steps)
         try:
-            while self.finished < num_steps and stop == GO_ON:
+            while self.finished < num_steps and not stop:
                 if self.checkpoints.is_due(self.finished):
                     self._save()
                 stop = self._step(self.finished, num_steps)
         except RolloutsUnavailable:
             stop = self._agreed_stop_code()
-            if not self._save() or stop == GO_ON:  # who ends a run may end Ray first
+            if not (self._save() and stop):  # who ends a run may end Ray first
                 raise
             return stop
         if not self._save():
@@ -158,7 +157,7 @@ class AsaLoop:
         self.finished = step + 1
         self.corpus.trained()
         sums, maxima, prompt_ids, stop = self._reduce(result, groups)
-        publish_seconds = self._unblock_workers(num_steps if stop == GO_ON else self.finished)
+        publish_seconds = self._unblock_workers(self.finished if stop else num_steps)
         self._count(counts, result)
         self.recorder.trained(step + 1, prompt_ids, skipped=bool(result.skipped_because))
         if result.skipped_because:

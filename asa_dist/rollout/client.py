@@ -23,22 +23,23 @@ if TYPE_CHECKING:
 
 STATUS_TIMEOUT_SECONDS = 5.0
 CLOSE_TIMEOUT_SECONDS = 5.0  # enough to hash and put a shard; nothing is lost if it is not: the run ends anyway
+RAY_GRACE_SECONDS = 1.0  # beyond a deadline that Ray itself keeps, where it does
 
 
-class _Publisher:
-    """A thread that runs what it is given, in order.
+class _DaemonThread:
+    """A thread that runs what it is given, in order; whoever waits for a result keeps a deadline of its own.
 
-    A daemon, unlike the threads of an executor, which the interpreter joins when it ends: ``ray.put`` has no deadline,
-    and never returns from a Ray that stands still.
+    For what goes through Ray's store, which has none: a put, a large argument or a large answer never returns from a
+    Ray that stands still. A daemon, unlike the threads of an executor, which the interpreter joins when it ends.
     """
 
-    def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="publish", daemon=True)
+    def __init__(self, name: str) -> None:
+        self._waiting: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, task: Callable[[], None]) -> Future[None]:
-        result: Future[None] = Future()
+    def submit(self, task: Callable[[], Any]) -> Future[Any]:
+        result: Future[Any] = Future()
         self._waiting.put((task, result))
         return result
 
@@ -54,11 +55,9 @@ class _Publisher:
         while (work := self._waiting.get()) is not None:
             task, result = work
             try:
-                task()
+                result.set_result(task())
             except Exception as error:
                 result.set_exception(error)
-            else:
-                result.set_result(None)
 
 
 class RolloutClient:
@@ -87,13 +86,13 @@ class RolloutClient:
         self._buffer = ShardBuffer(self._tensors, dtype, rank)
         self._shards: deque[tuple[int, np.ndarray]] = deque(maxlen=2)  # (version, its shard) still in the buffer
         self._coordinator = self._find_coordinator(run_name)
-        self._publisher = _Publisher()
+        self._caller, self._publisher = _DaemonThread("call"), _DaemonThread("publish")
         self._publishing: deque[tuple[int, Future[None]]] = deque()  # (version, its offer), oldest first
 
     # --- rollouts -----------------------------------------------------------------------------------------------
     def submit_prompts(self, step: int, prompts: Sequence[Prompt]) -> None:
         """Rank 0: all P prompts of a step, in order."""
-        self._wait_for(self._coordinator.submit_prompts.remote(step, list(prompts)),
+        self._wait_for(lambda: self._coordinator.submit_prompts.remote(step, list(prompts)),
                        f"the coordinator to accept the prompts of step {step}")
 
     def take(self, step: int) -> list[RolloutGroup]:
@@ -103,9 +102,9 @@ class RolloutClient:
         """
         while True:
             self._settle(max_unfinished=len(self._publishing))
-            answer = self._coordinator.take.remote(step, self._rank, self._num_ranks)
             try:
-                groups = self._wait_for(answer, f"the rollouts of step {step}")
+                groups = self._wait_for(lambda: self._coordinator.take.remote(step, self._rank, self._num_ranks),
+                                        f"the rollouts of step {step}")
             except RolloutTimeout as error:
                 raise RolloutTimeout(f"{error}. Coordinator: {self._status()}") from None
             if not isinstance(groups, Republish):
@@ -114,11 +113,12 @@ class RolloutClient:
 
     def snapshot(self) -> LedgerSnapshot:
         """Prompts and finished groups of the steps not yet taken, for a checkpoint."""
-        return self._wait_for(self._coordinator.snapshot.remote(), "the coordinator's snapshot")
+        return self._wait_for(lambda: self._coordinator.snapshot.remote(), "the coordinator's snapshot")
 
     def restore(self, snapshot: LedgerSnapshot, next_step: int) -> None:
         """Puts a snapshot into a fresh coordinator; steps before ``next_step`` count as taken."""
-        self._wait_for(self._coordinator.restore.remote(snapshot, next_step), "the coordinator to restore a snapshot")
+        self._wait_for(lambda: self._coordinator.restore.remote(snapshot, next_step),
+                       "the coordinator to restore a snapshot")
 
     # --- weights ------------------------------------------------------------------------------------------------
     def publish(self, version: int, pieces: Iterable[Tensor]) -> None:
@@ -133,11 +133,12 @@ class RolloutClient:
         self._submit_offer(version, shard)
 
     def close(self) -> None:
-        """Ends the publishing thread, after what it is doing, unless Ray keeps it from that; never raises.
+        """Ends the threads, after what they are doing, unless Ray keeps them from that; never raises.
 
         Published weights last as long as this process.
         """
         self._publisher.close(CLOSE_TIMEOUT_SECONDS)
+        self._caller.close(timeout_seconds=0.0)  # nobody waits for an answer any more
 
     def _publish_again(self, corrupt: Republish) -> None:
         """Hashes and offers a version's shard once more, unless the buffer holds newer ones only.
@@ -158,13 +159,7 @@ class RolloutClient:
         """Waits until at most so many offers are unfinished; raises what a finished one raised."""
         while self._publishing and (len(self._publishing) > max_unfinished or self._publishing[0][1].done()):
             version, offer = self._publishing.popleft()
-            try:
-                offer.result(self._timeout_seconds)
-            except TimeoutError as error:
-                if isinstance(error, RolloutTimeout):
-                    raise
-                raise RolloutTimeout(timed_out(self._timeout_seconds, self._who,
-                                               f"its shard of version {version} to be published")) from None
+            self._result(offer, f"its shard of version {version} to be published")
 
     def _offer(self, version: int, shard: np.ndarray) -> None:
         """Publisher thread: hash, put, offer. A failure also ends the waits of all ranks."""
@@ -174,8 +169,8 @@ class RolloutClient:
 
         try:
             part = WeightManifest(version, self._dtype, self._tensors, (shard_record(self._rank, shard),))
-            self._wait_for(self._coordinator.offer_shard.remote(part, self._num_ranks, [ray.put(shard)]),
-                           f"the coordinator to accept its shard of version {version}")
+            wait_for(self._coordinator.offer_shard.remote(part, self._num_ranks, [ray.put(shard)]),
+                     self._timeout_seconds, self._who, f"the coordinator to accept its shard of version {version}")
         except Exception as error:
             message = f"version {version} was not published: {type(error).__name__}: {error}"
             self._coordinator.fail.remote(f"{self._who}, host {socket.gethostname()}", message)
@@ -184,8 +179,18 @@ class RolloutClient:
             raise RolloutFailure(f"{self._who}, host {socket.gethostname()}: {message}") from error
 
     # --- waits --------------------------------------------------------------------------------------------------
-    def _wait_for(self, reference: Any, what: str) -> Any:
-        return wait_for(reference, self._timeout_seconds, self._who, what)
+    def _wait_for(self, call: Callable[[], Any], what: str) -> Any:
+        """The answer to a call of the coordinator."""
+        answer = self._caller.submit(lambda: wait_for(call(), self._timeout_seconds, self._who, what))
+        return self._result(answer, what)
+
+    def _result(self, future: Future[Any], what: str) -> Any:
+        try:
+            return future.result(self._timeout_seconds + RAY_GRACE_SECONDS)
+        except RolloutTimeout:
+            raise
+        except TimeoutError:
+            raise RolloutTimeout(timed_out(self._timeout_seconds, self._who, what)) from None
 
     def _status(self) -> str:
         try:

@@ -155,8 +155,8 @@ class Coordinator:
         """Rank's contiguous slice [rank·P/num_ranks, (rank+1)·P/num_ranks) of a step, in order, once it is complete.
 
         No rank gets its slice before the last group of the step is finished: until then each of them may be needed to
-        publish again. Once all ranks have theirs, the step is forgotten. After a rejected version the answer is, once for every
-        rank, a :class:`Republish`; ask again after doing so.
+        publish again. Once all ranks have theirs, the step is forgotten. After a rejected version the answer is, once
+        for every rank, a :class:`Republish`; ask again after doing so.
 
         Raises:
             RolloutFailure: a worker failed or the coordinator was stopped, before or during the wait.

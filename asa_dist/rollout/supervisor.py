@@ -190,7 +190,7 @@ class Supervisor:
         with contextlib.suppress(FileNotFoundError):
             headline, *stacks = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
             if stacks:
-                return f"; its stacks, {headline.removesuffix(':')}: {path}"
+                return f"; {headline.removesuffix(':')}; its stacks: {path}"
             path.unlink()
         return ""
 

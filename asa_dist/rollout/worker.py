@@ -195,15 +195,13 @@ class RolloutWorker:
     @contextlib.contextmanager
     def _stacks_open(self) -> Iterator[None]:
         """Opens the file of the stacks; whoever leaves here has dumped none, and leaves no file."""
-        try:
+        with contextlib.suppress(OSError):  # then they go to Ray's log of this process
             self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
             self._stacks = self._stacks_path.open("wb", buffering=0)
-        except OSError:  # then they go to Ray's log of this process
-            yield
-            return
         try:
             yield
         finally:
-            self._stacks.close()
-            with contextlib.suppress(OSError):
-                self._stacks_path.unlink()
+            if self._stacks is not None:
+                self._stacks.close()
+                with contextlib.suppress(OSError):
+                    self._stacks_path.unlink()

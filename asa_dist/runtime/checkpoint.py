@@ -3,13 +3,13 @@
 save    rank 0: empty folder │ every rank: its own shard, durable │ rank 0: manifest, rename, ``latest``, retention
 load    newest first: each rank verifies its share of the files │ a damaged one is named, the one before it is tried
         every rank: reads the ranges it needs from whichever shards have them, whatever wrote them
+        rank 0: damaged ones, newer than that, are renamed: none of them comes back
 
 After each part the ranks exchange how it went: what fails on one has failed on all, and none waits for ever.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import time
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class SaveResult:
     """How a save went, the same on every rank but for ``seconds``."""
 
     ok: bool
-    reason: str  # why not; "" if it did
+    reason: str  # why not; if it did: what could not be tidied up, e.g. an old one that cannot be removed; else ""
     seconds: float
     num_bytes: int  # written by all ranks; 0 if it failed
     name: str  # of the folder; "" if it failed
@@ -59,10 +59,9 @@ class LoadedCheckpoint:
     step: int  # optimizer steps made
     loop_state: dict[str, Tensor]  # on the CPU, on every rank
     rollouts: bytes | None  # on rank 0, if any were saved; None on the others
-    manifest: Manifest
 
 
-class _FailedOnARank(Exception):
+class _FailedOnARank(CheckpointError):
     """Raised on every rank alike."""
 
 
@@ -88,7 +87,6 @@ class Checkpointer:
         self._run_dir, self._keep, self._engine, self._on_damaged = run_dir, config.keep, engine, on_damaged
         self._rank, self._num_ranks = engine.placement.rank, engine.placement.num_ranks
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=config.timeout_seconds))
-        self._damaged: dict[str, str] = {}  # name → what is wrong
 
     # --- saving --------------------------------------------------------------------------------------------------
     def save(
@@ -97,7 +95,7 @@ class Checkpointer:
     ) -> SaveResult:
         """Writes the checkpoint after ``step`` steps: complete and durable on return, or the previous one stands.
 
-        Should no more than ``latest`` or the removal of old ones fail, the new one stands too: it is what loads.
+        Should no more than ``latest`` or a removal fail, the new one stands too: it is what loads.
 
         Args:
             loop_state: of any dtypes and shapes; rank 0's counts.
@@ -107,22 +105,27 @@ class Checkpointer:
         """
         start = time.perf_counter()
         try:
-            self._on_first_rank(lambda: files.start_partial(self._run_dir, step))
-            written = self._exchange(self._agree(lambda: self._write_files(step, loop_state, rollouts)))
+            folder, stale = self._on_first_rank(lambda: self._start(step))
+            written = self._exchange(self._agree(lambda: self._write_files(folder, loop_state, rollouts)))
             self._agree(lambda: _require(before_commit))
             records = {name: record for share in written for name, record in share.items()}
-            name = self._on_first_rank(lambda: self._complete(step, records))
+            name, untidy = self._on_first_rank(lambda: self._complete(folder, step, records))
         except _FailedOnARank as failure:
             if self._rank == 0:
-                with contextlib.suppress(OSError):  # what cannot be removed now is removed by the next save
-                    files.remove_partials(self._run_dir)
+                files.remove_partials(self._run_dir)  # what cannot be removed now is tried again by the next save
             return SaveResult(False, str(failure), time.perf_counter() - start, 0, "")
         num_bytes = sum(record.bytes for record in records.values())
-        return SaveResult(True, "", time.perf_counter() - start, num_bytes, name)
+        return SaveResult(True, "; ".join([*stale, *untidy]), time.perf_counter() - start, num_bytes, name)
 
-    def _write_files(self, step: int, loop_state: dict[str, Tensor], rollouts: bytes | None) -> dict[str, FileRecord]:
+    def _start(self, step: int) -> tuple[Path, list[str]]:
+        """(empty folder to write into, what could not be tidied up)."""
+        stale = files.remove_partials(self._run_dir)
+        return files.start_partial(self._run_dir, step), stale
+
+    def _write_files(
+        self, folder: Path, loop_state: dict[str, Tensor], rollouts: bytes | None
+    ) -> dict[str, FileRecord]:
         """What this rank writes, by path within the folder."""
-        folder = files.partial_folder(self._run_dir, step)
         shard = f"{files.SHARDS}/rank-{self._rank:05d}.safetensors"
         pieces = pieces_to_save(self._engine.engine.module, self._engine.optimizer, self._rank, self._num_ranks)
         written = {shard: write_shard(folder / shard, pieces)}
@@ -134,7 +137,8 @@ class Checkpointer:
                 written[files.ROLLOUTS] = files.write_file(folder / files.ROLLOUTS, [rollouts])
         return written
 
-    def _complete(self, step: int, records: dict[str, FileRecord]) -> str:
+    def _complete(self, folder: Path, step: int, records: dict[str, FileRecord]) -> tuple[str, list[str]]:
+        """(name of the new checkpoint, what could not be tidied up)."""
         manifest = Manifest(
             step=step,
             num_ranks=self._num_ranks,
@@ -143,29 +147,31 @@ class Checkpointer:
             parameters=parameter_shapes(self._engine.engine.module),
             files=records,
         )
-        name = files.complete(self._run_dir, manifest)
-        files.retain(self._run_dir, name, self._keep, self._damaged)
-        return name
+        name = files.complete(self._run_dir, folder, manifest)
+        return name, files.settle(self._run_dir, name, self._keep)  # it stands already, whatever fails now
 
     # --- loading -------------------------------------------------------------------------------------------------
     def load(self) -> LoadedCheckpoint | None:
         """Loads the newest sound checkpoint into engine and optimizer; None if there is none at all.
 
         Weights, Adam's moments and step counts are restored for any number of ranks and ZeRO stage; learning rates stay
-        as they are.
+        as they are. Newer ones, which are damaged, are set aside: the run goes on without them, so that none of them
+        may load later, should its disk be readable again.
 
         Raises:
-            CheckpointError: all are damaged, or the newest sound one is of another model. On every rank alike.
+            CheckpointError: all are damaged, the newest sound one is of another model, or a damaged one cannot be set
+                aside. On every rank alike.
         """
+        damaged: dict[str, str] = {}  # name → what is wrong
         for name in self._on_first_rank(self._candidates):
             manifest, problems = self._verify(name)
             if manifest is not None and not problems:
-                return self._load(self._run_dir / files.FOLDER / name, manifest)
-            self._damaged[name] = "; ".join(problems)
+                return self._load(name, manifest, passed_over=list(damaged))
+            damaged[name] = "; ".join(problems)
             if self._rank == 0:
-                self._on_damaged(name, self._damaged[name])
-        if self._damaged:
-            listed = "".join(f"\n  {name}: {reason}" for name, reason in self._damaged.items())
+                self._on_damaged(name, damaged[name])
+        if damaged:
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in damaged.items())
             raise CheckpointError(f"no checkpoint in {self._run_dir / files.FOLDER} can be used:{listed}")
         return None
 
@@ -192,16 +198,25 @@ class Checkpointer:
         problems = self._exchange(files.verify_files(folder, share))
         return manifest, sorted(problem for found in problems for problem in found)
 
-    def _load(self, folder: Path, manifest: Manifest) -> LoadedCheckpoint:
+    def _load(self, name: str, manifest: Manifest, passed_over: list[str]) -> LoadedCheckpoint:
+        folder = self._run_dir / files.FOLDER / name
         model, optimizer = self._engine.engine.module, self._engine.optimizer
         refuse_other_parameters(folder, manifest.parameters, model)
-        shards = [folder / name for name in manifest.files if name.startswith(f"{files.SHARDS}/")]
+        shards = [folder / path for path in manifest.files if path.startswith(f"{files.SHARDS}/")]
         try:
             self._agree(lambda: ShardReader(shards).fill(local_pieces(model, optimizer)))
             refresh_weights(optimizer)
-            return self._agree(lambda: self._loaded(folder, manifest))
+            loaded = self._agree(lambda: self._loaded(folder, manifest))
+            self._on_first_rank(lambda: self._forget(passed_over, name))
+            return loaded
         except _FailedOnARank as failure:
             raise CheckpointError(f"{folder}: {failure}") from None
+
+    def _forget(self, passed_over: list[str], loaded: str) -> None:
+        for name in passed_over:
+            files.set_aside(self._run_dir, name)
+        if passed_over:
+            files.name_latest(self._run_dir, loaded)
 
     def _loaded(self, folder: Path, manifest: Manifest) -> LoadedCheckpoint:
         has_rollouts = self._rank == 0 and files.ROLLOUTS in manifest.files
@@ -209,7 +224,6 @@ class Checkpointer:
             manifest.step,
             safetensors.torch.load((folder / files.LOOP).read_bytes()),
             (folder / files.ROLLOUTS).read_bytes() if has_rollouts else None,
-            manifest,
         )
 
     # --- what one decides, all decide ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ RUN/checkpoints/step-00000300/manifest.json    size and checksum of every other 
                               loop.safetensors                    what the loop knows
                               rollouts.safetensors                prompts and finished groups not yet trained on
 RUN/checkpoints/.partial-…                     not complete yet, or being removed: never read
+RUN/checkpoints/damaged-step-00000300          was passed over when the run went on from an older one: never read again
 
 A folder appears, whole, by one rename, and goes the same way. A step that is saved again gets a folder of its own
 (``step-00000300-2``) before the first one goes, so that a complete one stands at every moment.
@@ -13,11 +14,13 @@ A folder appears, whole, by one rename, and goes the same way. A step that is sa
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ import xxhash
 
 FOLDER, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
 SHARDS, LOOP, ROLLOUTS = "shards", "loop.safetensors", "rollouts.safetensors"
-PARTIAL = ".partial-"
+PARTIAL, DAMAGED = ".partial-", "damaged-"
 NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 BLOCK_BYTES = 1 << 22
 
@@ -79,11 +82,21 @@ def list_checkpoints(run_dir: Path) -> list[CheckpointFolder]:
     return sorted(found, key=lambda entry: (entry.step, entry.attempt), reverse=True)
 
 
+def newest_whole(run_dir: Path) -> CheckpointFolder | None:
+    """The newest one whose manifest can be read and whose files have their sizes; checksums would take minutes."""
+    return next((entry for entry in list_checkpoints(run_dir) if not verify(entry.path, sizes_only=True)), None)
+
+
+def list_set_aside(run_dir: Path) -> list[str]:
+    """Names of what :func:`set_aside` has renamed."""
+    return sorted(path.name for path in (run_dir / FOLDER).glob(f"{DAMAGED}*") if path.is_dir())
+
+
 def read_latest(run_dir: Path) -> str | None:
-    """The name in ``latest``, whether or not there is such a folder; None without that file."""
+    """The name in ``latest``, whether or not there is such a folder; None if there is no such file to read."""
     try:
         return (run_dir / FOLDER / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
+    except OSError:  # it only adds to what the folders say
         return None
 
 
@@ -109,25 +122,32 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{MANIFEST}: not a checkpoint's manifest, or cut off") from None
 
 
-def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, each entry naming the file; empty: it is sound. Reads every file once."""
+def verify(folder: Path, *, sizes_only: bool = False) -> list[str]:
+    """What is wrong with a checkpoint, each entry naming the file; empty: it is sound.
+
+    Args:
+        sizes_only: look at the sizes of the files only; else every one is read once.
+    """
     try:
-        return verify_files(folder, read_manifest(folder).files)
+        return verify_files(folder, read_manifest(folder).files, sizes_only=sizes_only)
     except CheckpointError as error:
         return [str(error)]
 
 
-def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> list[str]:
+def verify_files(folder: Path, files: Mapping[str, FileRecord], *, sizes_only: bool = False) -> list[str]:
     """The same for some files of a checkpoint. Files that the manifest does not name do not matter."""
-    return [f"{name}: {problem}" for name, record in files.items() if (problem := _problem(folder / name, record))]
+    problems = {name: _problem(folder / name, record, sizes_only) for name, record in files.items()}
+    return [f"{name}: {problem}" for name, problem in problems.items() if problem]
 
 
-def _problem(path: Path, record: FileRecord) -> str:
+def _problem(path: Path, record: FileRecord, sizes_only: bool) -> str:
     try:
         size = path.stat().st_size
         if size != record.bytes:
             return f"{size:,} bytes instead of {record.bytes:,}"
-        return "" if file_checksum(path) == record.xxh3_128 else "its checksum does not match: bytes were changed"
+        if sizes_only or file_checksum(path) == record.xxh3_128:
+            return ""
+        return "its checksum does not match: bytes were changed"
     except FileNotFoundError:
         return "missing"
     except OSError as error:
@@ -147,7 +167,7 @@ def _digest(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-# --- writing: each raises OSError -------------------------------------------------------------------------------
+# --- writing: raises OSError ------------------------------------------------------------------------------------
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
     """Writes a new file, durable on return; its checksum is that of what was written, not of what can be read back."""
     digest = xxhash.xxh3_128()
@@ -184,51 +204,95 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def partial_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is written before it is complete."""
-    return run_dir / FOLDER / f"{PARTIAL}step-{step:08d}"
+def start_partial(run_dir: Path, step: int) -> Path:
+    """Makes the folder that the checkpoint of ``step`` is written into before it is complete."""
+    folder = _free(run_dir / FOLDER / f"{PARTIAL}step-{step:08d}")
+    (folder / SHARDS).mkdir(parents=True)
+    return folder
 
 
-def start_partial(run_dir: Path, step: int) -> None:
-    """Makes the folder to write into; what an interrupted save or removal left behind goes."""
-    remove_partials(run_dir)
-    (partial_folder(run_dir, step) / SHARDS).mkdir(parents=True)
-
-
-def remove_partials(run_dir: Path) -> None:
-    for stale in (run_dir / FOLDER).glob(f"{PARTIAL}*"):
-        shutil.rmtree(stale)
-
-
-def complete(run_dir: Path, manifest: Manifest) -> str:
-    """Turns the partial folder of ``manifest.step`` into a checkpoint and names it in ``latest``; returns its name."""
-    partial, step = partial_folder(run_dir, manifest.step), manifest.step
+def complete(run_dir: Path, folder: Path, manifest: Manifest) -> str:
+    """Turns the folder of :func:`start_partial` into a checkpoint, the newest one; returns its name."""
+    step = manifest.step
     content = asdict(manifest)
     text = json.dumps(content | {"xxh3_128": _digest(content)}, indent=1) + "\n"
-    sync_folder(partial / SHARDS)
-    write_atomically(partial / MANIFEST, text)
+    sync_folder(folder / SHARDS)
+    write_atomically(folder / MANIFEST, text)
     attempts = [entry.attempt for entry in list_checkpoints(run_dir) if entry.step == step]
-    final = partial.with_name(f"step-{step:08d}" + (f"-{max(attempts) + 1}" if attempts else ""))
-    partial.rename(final)
-    write_atomically(final.parent / LATEST, f"{final.name}\n")
+    final = folder.with_name(f"step-{step:08d}" + (f"-{max(attempts) + 1}" if attempts else ""))
+    folder.rename(final)
     return final.name
 
 
-def retain(run_dir: Path, written: str, keep: int, damaged: Collection[str] = ()) -> None:
-    """Removes what is older than the checkpoint just written, but for its ``keep`` − 1 newest sound predecessors.
+def name_latest(run_dir: Path, name: str) -> None:
+    """Writes ``latest``."""
+    write_atomically(run_dir / FOLDER / LATEST, f"{name}\n")
 
-    Newer ones, which cannot have been sound, stay until a sound one has passed them; so do all other files and folders.
 
-    Args:
-        damaged: names known not to be sound; they do not count.
-    """
+def set_aside(run_dir: Path, name: str) -> None:
+    """Renames a checkpoint, if it is there, so that it is none any more."""
+    path = run_dir / FOLDER / name
+    if path.exists():
+        path.rename(_free(path.with_name(DAMAGED + name)))
+        sync_folder(path.parent)
+
+
+def _free(path: Path) -> Path:
+    """The path, or with the first number behind it for which there is nothing yet."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
+
+
+# --- tidying up: goes on as far as it can, returns what went wrong ----------------------------------------------
+def remove_partials(run_dir: Path) -> list[str]:
+    """What an interrupted save or removal left behind."""
+    problems: list[str] = []
+    with _noting(problems):
+        for path in (run_dir / FOLDER).glob(f"{PARTIAL}*"):
+            with _noting(problems):
+                shutil.rmtree(path)
+    return problems
+
+
+def settle(run_dir: Path, written: str, keep: int) -> list[str]:
+    """After a checkpoint is complete: it becomes durable, ``latest`` names it, and what is too old goes."""
+    problems: list[str] = []
+    unnamed: list[str] = []
+    with _noting(problems):
+        sync_folder(run_dir / FOLDER)  # else a loss of power might undo its rename: the old ones stay
+        with _noting(unnamed):
+            name_latest(run_dir, written)
+        for checkpoint in _too_old(run_dir, written, keep):
+            with _noting(problems):
+                _remove(checkpoint)
+        if unnamed:  # there may be room now
+            name_latest(run_dir, written)
+    return problems
+
+
+def _too_old(run_dir: Path, written: str, keep: int) -> list[Path]:
+    """What is older than the checkpoint just written, but for its ``keep`` − 1 newest predecessors."""
     checkpoints = list_checkpoints(run_dir)
-    newest = next(entry for entry in checkpoints if entry.name == written)
-    kept_steps = {newest.step}
-    for entry in checkpoints[checkpoints.index(newest) + 1:]:
-        if entry.step not in kept_steps and entry.name not in damaged and len(kept_steps) < keep:
+    place = [entry.name for entry in checkpoints].index(written)
+    kept_steps, too_old = {checkpoints[place].step}, []
+    for entry in checkpoints[place + 1 :]:
+        if entry.step not in kept_steps and len(kept_steps) < keep:
             kept_steps.add(entry.step)
-            continue
-        going = entry.path.with_name(PARTIAL + entry.name)  # at once no checkpoint any more, not file by file
-        entry.path.rename(going)
-        shutil.rmtree(going)
+        else:
+            too_old.append(entry.path)
+    return too_old
+
+
+def _remove(checkpoint: Path) -> None:
+    going = _free(checkpoint.with_name(PARTIAL + checkpoint.name))  # at once no checkpoint any more, not file by file
+    checkpoint.rename(going)
+    shutil.rmtree(going)
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Adds why it failed, if it did."""
+    try:
+        yield
+    except OSError as error:
+        problems.append(str(error))

@@ -39,7 +39,7 @@ class RunLog:
         self._is_closed = False
 
     def append(self, row: dict[str, Any]) -> OSError | None:
-        """Writes the row, after all that wait; it reaches the system before this returns. After ``close`` it is dropped.
+        """Writes the row, after all that wait; it reaches the system before this returns. After ``close``: drops it.
 
         Returns:
             None, or why it waits in memory now, to be written by a later call.
@@ -134,7 +134,7 @@ def _rows(path: Path) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
 
 
 def _damage(path: Path, number: int) -> ValueError:
-    return ValueError(f"{path}, line {number}: damaged: no JSON object")
+    return ValueError(f"{path}, line {number}: no JSON object")
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,8 @@ from typing import Any, Self
 STOP_FILE = "stop"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GO_ON, ASKED, ENDED_EARLY = 0, 1, 2  # what StopRequests.code answers; the largest of all ranks counts
-EXIT_ENDED_EARLY = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, queue me again
+# exit codes; 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, queue me again
+EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 def ask_to_stop(run_dir: Path, by: str) -> None:

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 
 from asa_dist.config import CheckpointConfig
-from asa_dist.runtime.checkpoint import Checkpointer
-from asa_dist.runtime.checkpoint_files import CheckpointError
+from asa_dist.runtime.checkpoint import Checkpointer, SaveResult
+from asa_dist.runtime.checkpoint_files import CheckpointError, read_manifest
 from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.model import PHI, PSI, XI
 from asa_dist.runtime.parameter_state import local_pieces
 from tests.distributed import tiny
+from tests.run_folders import flip_a_bit
 
 RATES = {PSI: 1e-2, PHI: 5e-3, XI: 2e-3}
 SAVED_AFTER, NUM_STEPS = 2, 6
@@ -122,9 +123,11 @@ def resumed(placement: Placement, root: str) -> dict[Case, Seen]:
     for case in CASES:
         with started(placement, case, moved=True) as engine:
             rates = [group["lr"] for group in engine.optimizer.param_groups]
-            loaded = checkpointer(engine, folder_of(root, placement.num_ranks, case)).load()
-            assert loaded is not None and loaded.step == loaded.manifest.step == SAVED_AFTER
-            assert (loaded.manifest.num_ranks, loaded.manifest.zero_stage) == (placement.num_ranks, case[0])
+            folder = folder_of(root, placement.num_ranks, case)
+            manifest = read_manifest(folder / "checkpoints" / f"step-{SAVED_AFTER:08d}")
+            assert (manifest.num_ranks, manifest.zero_stage) == (placement.num_ranks, case[0])
+            loaded = checkpointer(engine, folder).load()
+            assert loaded is not None and loaded.step == manifest.step == SAVED_AFTER
             assert loaded.rollouts == (b"open groups" if placement.rank == 0 else None)
             for name, tensor in loop_state(SAVED_AFTER).items():
                 found = loaded.loop_state[name]
@@ -184,12 +187,6 @@ def another_model(placement: Placement, root: str) -> tuple[dict[Case, Seen], li
 
 
 # --- faults -----------------------------------------------------------------------------------------------------
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def remove_named_by_latest(folder: Path) -> None:
     """``latest`` goes on naming it."""
     shutil.rmtree(folder)
@@ -214,6 +211,7 @@ def file_faults(placement: Placement, root: str) -> dict[str, Any]:
         "damaged": damaged_ones(placement, f"{root}/damaged"),
         "all damaged": all_damaged(placement, f"{root}/all damaged"),
         "full disk": full_disk(placement, f"{root}/full"),
+        "untidy": untidy(placement, f"{root}/untidy"),
     }
 
 
@@ -285,6 +283,22 @@ def full_disk(placement: Placement, root: str) -> dict[str, Any]:
         seen["later"] = (later.ok, later.name, later.num_bytes > 0)
         seen["losses"] = train(engine, 2)
     return seen
+
+
+def untidy(placement: Placement, root: str) -> tuple[SaveResult, int]:
+    """(how a save went that could neither remove what is stale nor write ``latest``, step that loads then)."""
+    with started(placement, FLOAT32) as engine:
+        writer, folder = checkpointer(engine, Path(root)), Path(root) / "checkpoints"
+        assert writer.save(1, loop_state(1), None).reason == ""
+        if placement.rank == 0:
+            (folder / ".partial-step-00000002").write_text("no folder")
+            (folder / "latest").unlink()
+            (folder / "latest").mkdir()
+        dist.barrier()
+        result = writer.save(2, loop_state(2), None)
+        loaded = writer.load()
+        assert loaded is not None
+    return result, loaded.step
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from tests.real_run import Start, runs_of_tiny
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-points", type=int, default=2, metavar="N",
-                     help="how often test_exact_resume.py kills a process; 6 for the whole battery")
+                     help="how often test_exact_resume.py kills a process; 9 for each kind once")
 
 
 @pytest.fixture(scope="module")

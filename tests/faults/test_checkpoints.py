@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from asa_dist.runtime.checkpoint_files import PARTIAL, list_checkpoints, read_latest, verify
+from asa_dist.runtime.checkpoint_files import PARTIAL, list_checkpoints, list_set_aside, read_latest, verify
 from tests.distributed import checkpoint_cases as cases
 from tests.distributed.ranks import run_on_ranks
 
@@ -47,6 +47,28 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     for rank, of_rank in enumerate(outcomes):
         _, step, is_that_step = of_rank["damaged"][damage]
         assert step == 1 and is_that_step, f"rank {rank}"
+
+
+@pytest.mark.parametrize("damage", cases.DAMAGES)
+def test_what_was_passed_over_never_comes_back(outcomes: list[dict[str, Any]], root: Path, damage: str) -> None:
+    """The logs go on from the older one: loading the newer one later, readable again, would leave a gap in them."""
+    run_dir = root / "damaged" / damage
+    assert [entry.name for entry in list_checkpoints(run_dir)] == ["step-00000001"]
+    assert read_latest(run_dir) == "step-00000001"
+    assert list_set_aside(run_dir) == ([] if damage == "removed" else ["damaged-step-00000002"])
+
+
+def test_all_damaged_stay_where_they_are(outcomes: list[dict[str, Any]], root: Path) -> None:
+    """Perhaps only the disk cannot be read at present."""
+    assert [entry.step for entry in list_checkpoints(root / "all damaged")] == [2, 1]
+    assert list_set_aside(root / "all damaged") == []
+
+
+def test_what_cannot_be_tidied_up_is_a_warning(outcomes: list[dict[str, Any]]) -> None:
+    for of_rank in outcomes:
+        result, loaded_step = of_rank["untidy"]
+        assert result.ok and result.name == "step-00000002" and loaded_step == 2
+        assert "Not a directory" in result.reason and "Is a directory" in result.reason
 
 
 def test_all_damaged_is_an_error_that_lists_them(outcomes: list[dict[str, Any]], root: Path) -> None:

@@ -120,14 +120,12 @@ def test_two_ranks_take_their_slices_and_the_step_is_forgotten() -> None:
             await coordinator.submit_prompts(0, make_prompts(1, 6))
         leases = [await coordinator.lease("w", 0) for _ in range(6)]
         assert [lease.first_index for lease in leases] == list(range(6))
-        for lease in reversed(leases[3:]):
+        for lease in reversed(leases):
             assert not second.done()
             await coordinator.deliver("w", lease.lease_id, answer(lease, 0))
         assert [group.index for group in await second] == [3, 4, 5]
-        first = await pending(coordinator.take(0, 0, 2))
-        for lease in leases[:3]:
-            await coordinator.deliver("w", lease.lease_id, answer(lease, 0))
-        assert [(group.index, group.prompt.prompt_id) for group in await first] == [(0, 0), (1, 1), (2, 2)]
+        first = await coordinator.take(0, 0, 2)
+        assert [(group.index, group.prompt.prompt_id) for group in first] == [(0, 0), (1, 1), (2, 2)]
         assert "open steps: none; leases: none" in await coordinator.status()
         await coordinator.submit_prompts(0, make_prompts(0, 6))  # too late to matter
         assert "open steps: none" in await coordinator.status()
@@ -245,6 +243,32 @@ def test_a_corrupt_version_is_published_again_by_every_rank() -> None:
             lease = await coordinator.lease("w", 0)
             await coordinator.deliver("w", lease.lease_id, answer(lease, 0))
         assert [len(await take) for take in takes] == [2, 2]
+    run(scenario())
+
+
+def test_no_rank_is_ahead_of_a_version_that_must_be_published_again() -> None:
+    """The only worker that serves it dies after half of the step, and its successor gets corrupt shards.
+
+    A rank that had its slice by then would wait for the other one in a collective, and never publish again.
+    """
+    async def scenario() -> None:
+        coordinator = make_coordinator()
+        await publish(coordinator, 0, num_ranks=2)
+        await coordinator.submit_prompts(0, make_prompts(0))
+        assert isinstance(await coordinator.lease("old", -1), LoadOrder)
+        half = await coordinator.lease("old", 0)
+        await coordinator.deliver("old", half.lease_id, answer(half, 0))
+        takes = [await pending(coordinator.take(0, rank, 2)) for rank in range(2)]  # the slice of rank 0 is there
+        await coordinator.release("old", "its process ended")
+        assert isinstance(await coordinator.lease("new", -1), LoadOrder)
+        await coordinator.reject_version("new", 0, "torn")
+        assert [await take for take in takes] == [Republish(0, "torn")] * 2
+        takes = [await pending(coordinator.take(0, rank, 2)) for rank in range(2)]
+        await publish(coordinator, 0, num_ranks=2, attempt="again")
+        assert (await coordinator.lease("new", -1)).shard_refs == ("again 0.0", "again 0.1")
+        rest = await coordinator.lease("new", 0)
+        await coordinator.deliver("new", rest.lease_id, answer(rest, 0))
+        assert identities([group for take in takes for group in await take]) == [(0, i, i) for i in range(4)]
     run(scenario())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,17 +17,18 @@ import xxhash
 
 from asa_dist.runtime import checkpoint_files as files
 from asa_dist.runtime.checkpoint_files import CheckpointError, FileRecord, Manifest
+from tests.run_folders import flip_a_bit
 
 SHARD = "shards/rank-00000.safetensors"
 
 
 def write(run_dir: Path, step: int, content: bytes = b"weights", keep: int = 10) -> str:
-    files.start_partial(run_dir, step)
-    folder = files.partial_folder(run_dir, step)
+    assert files.remove_partials(run_dir) == []
+    folder = files.start_partial(run_dir, step)
     records = {name: files.write_file(folder / name, [content, b" and more"]) for name in (SHARD, files.LOOP)}
     manifest = Manifest(step, 1, 3, {"torch": "2"}, {"lm.weight": (4, 2), "lm.scale": ()}, records)
-    name = files.complete(run_dir, manifest)
-    files.retain(run_dir, name, keep)
+    name = files.complete(run_dir, folder, manifest)
+    assert files.settle(run_dir, name, keep) == []
     return name
 
 
@@ -50,12 +52,6 @@ def test_what_is_written_is_sound_listed_and_latest(tmp_path: Path) -> None:
     assert (folder / SHARD).read_bytes() == data
 
 
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def another_number(path: Path) -> None:
     path.write_text(path.read_text().replace('"step": 1,', '"step": 3,'))
 
@@ -75,6 +71,20 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: Callable[[Path], Any
     folder = tmp_path / "checkpoints" / write(tmp_path, 1)
     damage(folder / name)
     assert files.verify(folder) == [problem]
+    assert files.verify(folder, sizes_only=True) == ([] if damage is flip_a_bit else [problem])
+
+
+def test_the_newest_whole_one(tmp_path: Path) -> None:
+    assert files.newest_whole(tmp_path) is None
+    folders = [tmp_path / "checkpoints" / write(tmp_path, step) for step in (1, 2, 3, 4)]
+    flip_a_bit(folders[1] / SHARD)
+    (folders[2] / SHARD).write_bytes(b"short")
+    (folders[3] / files.MANIFEST).unlink()
+    newest = files.newest_whole(tmp_path)
+    assert newest is not None and newest.step == 2, "what only its checksum tells is left to others"
+    for folder in folders:
+        (folder / files.LOOP).unlink()
+    assert files.newest_whole(tmp_path) is None
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
@@ -116,11 +126,15 @@ def test_the_one_just_written_stays_whatever_is_newer(tmp_path: Path) -> None:
     assert files.read_latest(tmp_path) == "step-00000005"
 
 
-def test_damaged_ones_do_not_count(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        write(tmp_path, step)
-    files.retain(tmp_path, write(tmp_path, 4), 2, damaged=["step-00000003", "step-00000002"])
-    assert names(tmp_path) == ["step-00000004", "step-00000001"]
+def test_what_is_set_aside_is_no_checkpoint_any_more(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    for content in (b"first", b"second"):
+        files.set_aside(tmp_path, write(tmp_path, 2, content))
+    files.set_aside(tmp_path, "step-00000009")  # was never there
+    assert names(tmp_path) == ["step-00000001"]
+    assert files.list_set_aside(tmp_path) == ["damaged-step-00000002", "damaged-step-00000002-2"]
+    kept = [(tmp_path / "checkpoints" / name / SHARD).read_bytes() for name in files.list_set_aside(tmp_path)]
+    assert kept == [b"first and more", b"second and more"]
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
@@ -129,6 +143,54 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
         "step-00000002", "step-00000002-2", "step-00000002-3"]
     assert names(tmp_path) == ["step-00000002-3", "step-00000001"] and files.read_latest(tmp_path) == names(tmp_path)[0]
     assert (tmp_path / "checkpoints" / "step-00000002-3" / SHARD).read_bytes() == b"c and more"
+
+
+# --- what cannot be tidied up ------------------------------------------------------------------------------------
+def test_one_that_cannot_be_removed_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS refuses a folder whose files are still open somewhere."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refusing(shutil.rmtree, "step-00000001"))
+        folder = files.start_partial(tmp_path, 3)
+        name = files.complete(tmp_path, folder, Manifest(3, 1, 3, {}, {}, {}))
+        (problem,) = files.settle(tmp_path, name, keep=1)
+        assert "Directory not empty" in problem and "step-00000001" in problem
+        assert names(tmp_path) == [name] and files.read_latest(tmp_path) == name
+        (problem,) = files.remove_partials(tmp_path)
+        assert "step-00000001" in problem
+    assert files.remove_partials(tmp_path) == []
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {name, "latest"}
+
+
+def refusing(rmtree: Callable[[Path], None], name: str) -> Callable[[Path], None]:
+    def remove(folder: Path) -> None:
+        if name in folder.name:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        rmtree(folder)
+
+    return remove
+
+
+def test_the_same_step_again_beside_what_cannot_be_removed(tmp_path: Path) -> None:
+    stuck = [tmp_path / "checkpoints" / f".partial-step-00000001{suffix}" for suffix in ("", "-2")]
+    stuck[0].parent.mkdir()
+    for path in stuck:
+        path.write_text("no folder")
+    problems = files.remove_partials(tmp_path)
+    assert len(problems) == 2 and all("Not a directory" in problem for problem in problems)
+    folder = files.start_partial(tmp_path, 1)
+    assert files.complete(tmp_path, folder, Manifest(1, 1, 3, {}, {}, {})) == "step-00000001"
+
+
+def test_latest_that_cannot_be_written_stops_no_removal(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    latest = tmp_path / "checkpoints" / "latest"
+    latest.unlink()
+    latest.mkdir()
+    name = files.complete(tmp_path, files.start_partial(tmp_path, 2), Manifest(2, 1, 3, {}, {}, {}))
+    (problem,) = files.settle(tmp_path, name, keep=1)
+    assert "Is a directory" in problem and names(tmp_path) == [name] and files.read_latest(tmp_path) is None
 
 
 # --- interruption -----------------------------------------------------------------------------------------------

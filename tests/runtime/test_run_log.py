@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from asa_dist.runtime.run_log import RunLog, read_rows, truncate_logs
+from asa_dist.runtime.run_log import RunLog, read_events, read_rows, truncate_logs
 
 
 def write_lines(path: Path, *lines: str, torn: str = "") -> None:
@@ -105,16 +106,64 @@ def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
         assert [row["number"] for row in found if row["thread"] == thread] == list(range(200))
 
 
+def test_what_comes_after_the_end_is_dropped(tmp_path: Path) -> None:
+    """A thread may be late; its descriptor belongs to another file by then."""
+    log = RunLog(tmp_path / "events.jsonl")
+    log.append({"event": "finished"})
+    log.close()
+    with (tmp_path / "other").open("wb") as other:
+        assert log.append({"event": "worker_died"}) is None and log.sync() is None
+        log.close()
+        assert os.fstat(other.fileno()).st_size == 0, "it was given the descriptor of the log"
+    assert rows(tmp_path / "events.jsonl") == [{"event": "finished"}]
+
+
 # --- reading and cutting --------------------------------------------------------------------------------------------
 def test_a_file_that_is_not_there_yet_has_no_rows(tmp_path: Path) -> None:
     assert rows(tmp_path / "events.jsonl") == []
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    write_lines(tmp_path / "trained.jsonl", '{"step": 1}', "{]", '{"step": 3}')
-    for read in (lambda: rows(tmp_path / "trained.jsonl"), lambda: truncate_logs(tmp_path, 2)):
-        with pytest.raises(ValueError, match=r"trained.jsonl, line 2: no JSON"):
+@pytest.mark.parametrize("damaged", ["{]", "", "\0" * 50, "\0" * 51, "3"])
+def test_a_damaged_line_that_is_needed_is_named(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "trained.jsonl"
+    write_lines(path, '{"step": 1}', damaged, '{"step": 3}')
+    write_lines(tmp_path / "metrics.jsonl", *(f'{{"step": {step}}}' for step in range(9)))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for read in (
+        lambda: rows(path),
+        lambda: truncate_logs(tmp_path, 3),  # a needed row follows
+        lambda: truncate_logs(tmp_path, 2),  # it is that of step 2 itself
+    ):
+        with pytest.raises(ValueError, match=r"trained.jsonl, line 2: no JSON object$"):
             read()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before, "what is refused changes nothing"
+
+
+@pytest.mark.parametrize("damage", ["{]\n", "\0" * 4096, "\0" * 4096 + '1}\n{"step": 4}\n', '3\n\n{"step": 3}\n\0'])
+@pytest.mark.parametrize("name", ["metrics", "samples", "trained"])
+def test_what_is_damaged_behind_the_last_step_needed_is_cut_off(tmp_path: Path, name: str, damage: str) -> None:
+    """A loss of power leaves it there: only what stood before a checkpoint is durable."""
+    write_lines(tmp_path / f"{name}.jsonl", '{"step": 1}', '{"step": 2}', torn=damage)
+    truncate_logs(tmp_path, 2)
+    assert rows(tmp_path / f"{name}.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_log_without_a_row_for_every_step(tmp_path: Path) -> None:
+    write_lines(tmp_path / "samples.jsonl", '{"step": 1}', "{]", '{"step": 51}')
+    truncate_logs(tmp_path, 50)
+    assert rows(tmp_path / "samples.jsonl") == [{"step": 1}]
+
+
+def test_a_damaged_end_counts_as_not_written(tmp_path: Path) -> None:
+    write_lines(tmp_path / "trained.jsonl", '{"step": 1}', "\0\0", "{]", torn="{")
+    assert rows(tmp_path / "trained.jsonl") == [{"step": 1}]
+
+
+def test_damaged_events_are_counted(tmp_path: Path) -> None:
+    assert list(read_events(tmp_path)) == []
+    write_lines(tmp_path / "events.jsonl", '{"event": "started"}', "\0\0", '{"event": "resumed"}', torn="{")
+    assert list(read_events(tmp_path)) == [
+        {"event": "started"}, {"event": "unreadable", "line": 2}, {"event": "resumed"}]
 
 
 def test_later_rows_and_torn_lines_are_cut_and_events_stay(tmp_path: Path) -> None:
