@@ -186,7 +186,8 @@ def report_end(code: int, killed_by: int | None, run_dir: Path, num_steps: int) 
     if killed_by is not None:
         print(f"asa: stopped at once; {go_on}", file=sys.stderr, flush=True)
         return 128 + killed_by
-    print(f"asa: the run failed ({_reason(code)}); {go_on}", file=sys.stderr, flush=True)
+    stacks = f"; what hung: {run_dir / 'stacks'}" if (run_dir / "stacks").is_dir() else ""
+    print(f"asa: the run failed ({_reason(code)}{stacks}); {go_on}", file=sys.stderr, flush=True)
     return code if code > 0 else 128 - code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,8 +96,6 @@ def rollout_actors(
         yield
     finally:
         system.stop()
-        with contextlib.suppress(OSError):
-            (run_dir / "stacks").rmdir()  # unless something was written there
 
 
 @contextmanager

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
     from asa_dist.runtime.watchdog import Watchdog
 
-END_TIMEOUT_SECONDS = 120.0  # for the parts of a run to end, each of which has a deadline of its own
+END_TIMEOUT_SECONDS = 60.0  # for the parts of a run to end, each of which has a deadline of its own
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -185,7 +185,9 @@ def _train_prepared(rank: Rank) -> int:
             recorder.say(f"asa: stopped after step {loop.finished}: {rank.stopping.reason()}")
             recorder.event("stopped", step=loop.finished, reason=rank.stopping.reason())
     finally:
-        with rank.watchdog.phase("ending rollouts and leaving Ray", END_TIMEOUT_SECONDS):
+        # a Ray that stands still keeps whoever leaves it: then this phase is what the user gets to read
+        after = f", after: {sys.exception()}" if sys.exception() else ""
+        with rank.watchdog.phase(f"ending rollouts and leaving Ray{after}", END_TIMEOUT_SECONDS):
             parts.close()
     return EXIT_ENDED_EARLY if stop == ENDED_EARLY and not is_finished else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import queue
 import socket
 import threading
@@ -96,10 +97,7 @@ class RolloutClient:
                        f"the coordinator to accept the prompts of step {step}")
 
     def take(self, step: int) -> list[RolloutGroup]:
-        """This rank's contiguous share of a step's groups, in order; their arrays are read-only.
-
-        Raises what publishing raised meanwhile, too.
-        """
+        """This rank's contiguous share of a step's groups, in order. Raises what publishing raised meanwhile, too."""
         while True:
             self._settle(max_unfinished=len(self._publishing))
             try:
@@ -181,8 +179,11 @@ class RolloutClient:
     # --- waits --------------------------------------------------------------------------------------------------
     def _wait_for(self, call: Callable[[], Any], what: str) -> Any:
         """The answer to a call of the coordinator."""
-        answer = self._caller.submit(lambda: wait_for(call(), self._timeout_seconds, self._who, what))
-        return self._result(answer, what)
+        return self._result(self._caller.submit(lambda: self._copy_of_answer(call, what)), what)
+
+    def _copy_of_answer(self, call: Callable[[], Any], what: str) -> Any:
+        """No arrays in Ray's store: freeing them while a put hangs would block, with the interpreter's lock held."""
+        return copy.deepcopy(wait_for(call(), self._timeout_seconds, self._who, what))
 
     def _result(self, future: Future[Any], what: str) -> Any:
         try:

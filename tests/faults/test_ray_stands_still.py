@@ -14,8 +14,8 @@ DEADLINES = ["rollout.timeout_seconds=15", "train.collective_timeout_seconds=20"
 
 def test_a_ray_that_stands_still_ends_the_run_with_its_last_step_saved(
         start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_max_direct_call_object_size", "100")  # bytes: all goes through the store, as if it were large
-    run = start(ASA, "train.steps=1000000", "train.eval_every_steps=1000000", *DEADLINES)
+    monkeypatch.setenv("RAY_max_direct_call_object_size", "1000")  # bytes: prompts and groups go through the store
+    run = start(ASA, "train.steps=1000000", "train.eval_every_steps=1000000", "rollout.prompts_per_step=16", *DEADLINES)
     run.wait_until(lambda: len(run.steps) >= 3)
     run.the("raylet").suspend()
     assert run.wait() == 1, run.errors  # nothing of it is left, the stopped process included
