@@ -186,9 +186,14 @@ def report_end(code: int, killed_by: int | None, run_dir: Path, num_steps: int) 
     if killed_by is not None:
         print(f"asa: stopped at once; {go_on}", file=sys.stderr, flush=True)
         return 128 + killed_by
-    stacks = f"; what hung: {run_dir / 'stacks'}" if (run_dir / "stacks").is_dir() else ""
-    print(f"asa: the run failed ({_reason(code)}{stacks}); {go_on}", file=sys.stderr, flush=True)
+    print(f"asa: the run failed ({_reason(code)}{_stacks(run_dir)}); {go_on}", file=sys.stderr, flush=True)
     return code if code > 0 else 128 - code
+
+
+def _stacks(run_dir: Path) -> str:
+    """Where stacks were written, if any were: a process that is killed leaves its file empty, or with a headline."""
+    dumps = [path for path in (run_dir / "stacks").glob("*.txt") if b"hread 0x" in path.read_bytes()]
+    return f"; stacks: {', '.join(map(str, dumps))}" if dumps else ""
 
 
 def _last_checkpoint(newest: CheckpointFolder | None, run_dir: Path) -> str:

@@ -234,3 +234,14 @@ def test_the_command_can_be_pasted(tmp_path: Path, capfd: pytest.CaptureFixture[
     write_run(tmp_path / "my run")
     report_end(0, None, tmp_path / "my run", num_steps=10)
     assert capfd.readouterr().out.endswith(f"asa resume '{tmp_path}/my run'\n")
+
+
+def test_a_failed_run_names_the_stacks_that_were_dumped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stacks = tmp_path / "stacks"
+    stacks.mkdir()
+    (stacks / "worker-0.txt").write_text("host h, worker-0, while generating, deadline 300 s:\n", encoding="utf-8")
+    report_end(1, None, tmp_path, num_steps=5)
+    assert "stacks" not in capsys.readouterr().err, "it was killed, but did not hang"
+    (stacks / "rank-1.txt").write_text("rank 1\nThread 0x1 (most recent call first):\n", encoding="utf-8")
+    report_end(1, None, tmp_path, num_steps=5)
+    assert f"(exit code 1; stacks: {stacks / 'rank-1.txt'})" in capsys.readouterr().err
