@@ -35,10 +35,11 @@ class RolloutFeed:
 
     def __init__(
         self, client: RolloutClient, prompts: PromptStream | None, prompts_per_step: int, engine: TrainEngine,
-        watchdog: Watchdog,
+        watchdog: Watchdog, timeout_seconds: float,
     ):
         self._client, self._prompts, self._per_step, self._engine = client, prompts, prompts_per_step, engine
         self._watchdog = watchdog
+        self._timeout_seconds = 4 * timeout_seconds  # publishing, taking, publishing again, the coordinator's state
         self._problem = ""
 
     def request(self, step: int) -> None:
@@ -76,7 +77,8 @@ class RolloutFeed:
         if self._problem:
             return
         try:
-            action()
+            with self._watchdog.phase("talking to the coordinator", self._timeout_seconds):
+                action()
         except (RolloutFailure, RolloutTimeout) as error:
             self._problem = str(error)
             if isinstance(error, RolloutTimeout):

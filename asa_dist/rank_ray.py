@@ -115,6 +115,6 @@ def rollout_feed(
     )
     prompts = PromptStream(run_dir, config.data, rollout, config.seed) if rank == 0 else None
     try:
-        yield RolloutFeed(client, prompts, rollout.prompts_per_step, engine, watchdog)
+        yield RolloutFeed(client, prompts, rollout.prompts_per_step, engine, watchdog, rollout.timeout_seconds)
     finally:
         client.close()
