@@ -6,7 +6,7 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 OVERRIDES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint chaos overlap clean
+.PHONY: help quickstart test lint faults chaos overlap clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,8 +22,11 @@ lint: $(INSTALLED)  ## style, types, layers
 	$(VENV)/bin/mypy asa_dist kernels/asa_kernels
 	$(VENV)/bin/lint-imports
 
+faults: $(INSTALLED)  ## every fault test, also those that CI has no time for, about 15 minutes
+	$(VENV)/bin/python -m pytest tests/faults --long --kill-points 9
+
 chaos: $(INSTALLED)  ## 20 random kills of a run's processes, about half an hour: nothing lost, nothing repeated
-	$(VENV)/bin/python benchmarks/chaos.py --minutes 90 --seed 1 --kills 20
+	$(VENV)/bin/python benchmarks/chaos.py --minutes 90 --seed 2 --kills 20
 
 overlap: $(INSTALLED)  ## step time while generating beside training, against taking turns; an idle machine, 5 minutes
 	$(VENV)/bin/python benchmarks/overlap.py

@@ -1,8 +1,7 @@
 """A run that was interrupted is, bit for bit, the run that was not: stopped, killed, with other workers, other ranks.
 
 Here the model learns. Bit for bit: same ranks, same ZeRO stage; else sums have another order, and 1e-5 is allowed.
-CI kills at two points; `pytest tests/faults/test_exact_resume.py --kill-points 9` kills each kind (seeded, all in one
-run), and `benchmarks/chaos.py` at random for as long as you like.
+CI kills at two points; `make faults` kills each kind (`--kill-points 9`: seeded, all in one run), and `benchmarks/chaos.py` at random for as long as you like.
 """
 
 from __future__ import annotations
@@ -82,6 +81,7 @@ def test_killed_and_resumed(start: Start, undisturbed: Run, request: pytest.Fixt
     assert_same(run, undisturbed)
 
 
+@pytest.mark.long
 def test_other_ranks_and_stages(start: Start, undisturbed: Run) -> None:
     """2 → 1 → 2 ranks, ZeRO 3 → 2 → 3, ten steps each."""
     run = start(ASA, *LEARNING, "train.steps=10")

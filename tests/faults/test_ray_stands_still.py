@@ -7,7 +7,7 @@ import pytest
 from asa_dist.runtime.checkpoint_files import list_checkpoints
 from tests.real_run import ASA, Start
 
-pytestmark = [pytest.mark.distributed, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 DEADLINES = ["rollout.timeout_seconds=15", "train.collective_timeout_seconds=20", "checkpoint.timeout_seconds=30"]
 
