@@ -1,7 +1,8 @@
 """A run that was interrupted is, bit for bit, the run that was not: stopped, killed, with other workers, other ranks.
 
 Here the model learns. Bit for bit: same ranks, same ZeRO stage; else sums have another order, and 1e-5 is allowed.
-CI kills at two points; `make faults` kills each kind (`--kill-points 9`: seeded, all in one run), and `benchmarks/chaos.py` at random for as long as you like.
+CI kills at two points; `make faults` kills each kind (`--kill-points 9`: seeded, all in one run), and
+`benchmarks/chaos.py` at random for as long as you like.
 """
 
 from __future__ import annotations
