@@ -67,18 +67,23 @@ def test_killed_and_resumed(start: Start, undisturbed: Run, request: pytest.Fixt
     num_kills = request.config.getoption("--kill-points", default=2)
     rng = random.Random(SEED)
     steps = sorted(rng.sample(range(2, STEPS * 3 // 4), num_kills))
-    run = start(ASA, *LEARNING, TWO_WORKERS)
+    run, num_starts = start(ASA, *LEARNING, TWO_WORKERS), 1
     for step, kind in zip(steps, itertools.cycle(KILLED)):
-        # rows of a run that has just been resumed may be there before its processes are
-        run.wait_until(lambda step=step, kind=kind: len(run.steps) >= step and bool(run.of_kind(kind)))
+        # a resumed run has rows already before it trains
+        run.wait_until(lambda step=step, starts=num_starts: count_starts(run) == starts and len(run.steps) >= step)
         time.sleep(rng.uniform(0, MAX_DELAY_SECONDS))
         rng.choice(run.of_kind(kind)).kill()
         if kind != "worker":
             assert run.wait() not in (0, 2, 75), f"killed: {kind}"
             assert kind == "asa" or f"asa resume {run.run_dir}" in run.errors, run.errors
             run.resume()
+            num_starts += 1
     assert run.wait() == 0, run.errors
     assert_same(run, undisturbed)
+
+
+def count_starts(run: Run) -> int:
+    return sum(row["event"] in ("started", "resumed") for row in run.rows("events"))
 
 
 @pytest.mark.long
