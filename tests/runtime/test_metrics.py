@@ -10,7 +10,7 @@ import pty
 import subprocess
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,14 @@ def row(step: int, **changes: float) -> dict[str, float]:
     return {"step": step, **values, **{name.replace("__", "/"): value for name, value in changes.items()}}
 
 
-def read_terminal(main: int) -> str:
-    """All that was written before the other side was closed."""
+def shown_in_a_terminal(num_steps: int, first_step: int, use: Callable[[ProgressLine], None]) -> str:
+    """All that a live line writes while it is used."""
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 200))
+    with os.fdopen(side, "w") as stream:
+        line = ProgressLine(num_steps, first_step, stream)
+        use(line)
+        line.close()
     shown = b""
     with contextlib.suppress(OSError):  # EIO: how a terminal ends
         while chunk := os.read(main, 65536):
@@ -69,13 +75,7 @@ def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
 
 
 def test_a_resumed_runs_live_line_counts_from_where_it_goes_on() -> None:
-    main, side = pty.openpty()
-    termios.tcsetwinsize(side, (24, 200))
-    with os.fdopen(side, "w") as stream:
-        line = ProgressLine(100, 90, stream)
-        line.show(row(95))
-        line.close()
-    shown = read_terminal(main)
+    shown = shown_in_a_terminal(100, 90, lambda line: line.show(row(95)))
     assert "90/100" in shown and "95/100" in shown and " 0/100" not in shown
 
 
@@ -86,15 +86,12 @@ def test_an_evaluation_is_said_even_before_the_first_step() -> None:
 
 
 def test_a_live_line_in_a_terminal() -> None:
-    main, side = pty.openpty()
-    termios.tcsetwinsize(side, (24, 200))
-    with os.fdopen(side, "w") as stream:
-        line = ProgressLine(3, 0, stream)
+    def use(line: ProgressLine) -> None:
         line.show(row(1))
         line.say("a message")
         line.show(row(3))
-        line.close()
-    shown = read_terminal(main)
+
+    shown = shown_in_a_terminal(3, 0, use)
     assert "\r" in shown and "a message\r\n" in shown
     assert "3/3" in shown and "100%" in shown and "step 3/3 loss" not in shown
     assert "loss 1.250 mle 2.500" in shown.rpartition("a message")[2]
