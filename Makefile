@@ -6,7 +6,7 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 OVERRIDES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint faults chaos overlap clean
+.PHONY: help quickstart test lint faults chaos alignment overlap clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ faults: $(INSTALLED)  ## every fault test, also those that CI has no time for, a
 
 chaos: $(INSTALLED)  ## 20 random kills of a run's processes, about half an hour: nothing lost, nothing repeated
 	$(VENV)/bin/python benchmarks/chaos.py --minutes 90 --seed 2 --kills 20
+
+alignment: $(INSTALLED)  ## truth or only certainty: every arm, on a world whose truth is known; an idle machine, an hour
+	$(VENV)/bin/python benchmarks/alignment.py --work runs/alignment --out benchmarks/alignment.json
 
 overlap: $(INSTALLED)  ## step time while generating beside training, against taking turns; an idle machine, 5 minutes
 	$(VENV)/bin/python benchmarks/overlap.py

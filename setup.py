@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["asa_dist*"]), *find_packages("kernels", include=["asa_kernels*"])],
+    package_data={"asa_dist.report": ["*.html", "*.css", "*.js"]},
     package_dir={"asa_kernels": "kernels/asa_kernels"},  # `kernels` itself is no package: Hugging Face owns that name
     entry_points={"console_scripts": ["asa = asa_dist.cli:main"]},
     install_requires=[
@@ -34,19 +35,25 @@ setup(
         "xxhash>=3",
         "psutil>=7",
         "tqdm>=4",
+        "plotly>=7,<8",  # the report's curves
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],
         "vllm": ["vllm>=0.32,<0.33"],
-        "eval": ["lm-eval>=0.4.9"],
+        "eval": ["lm-eval[hf]>=0.4.13"],
+        "wandb": ["wandb>=0.31,<0.32"],
         "dev": [
             "hypothesis",
             "import-linter>=2.3",
+            "lm-eval[hf]>=0.4.13",
+            "matplotlib>=3.10",  # pictures of benchmarks
             "mypy>=2",
             "pytest>=9",
             "pytest-timeout>=2.4",
             "ruff>=0.17",
+            "scipy",
             "types-PyYAML",
+            "wandb>=0.31,<0.32",
         ],
     },
 )

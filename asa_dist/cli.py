@@ -1,18 +1,25 @@
-"""The `asa` command. Imports nothing heavy: `asa --help` answers at once, a wrong config fails within seconds."""
+"""The `asa` command. Imports nothing heavy: `asa --help` answers at once, a wrong config fails within seconds.
+
+At its top stands nothing that could be missing or broken: `asa doctor` has to answer then, too.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from asa_dist import __version__
-from asa_dist.config import Config, ConfigError, dump_config, load_config
-from asa_dist.config_text import read_tree
 from asa_dist.runtime.stopping import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from asa_dist.config import Config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +49,77 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of text")
     inspect.add_argument("--quick", action="store_true", help="check sizes of checkpoint files, not their checksums")
     inspect.set_defaults(action=inspect_command)
+    _add_after_training(commands)
+
+    doctor = commands.add_parser(
+        "doctor", help="what this machine can and can't do",
+        description="Looks at this machine and installation, tries what a run needs, says what to do. "
+        "Exit code 1 if no run could start.",
+    )  # fmt: skip
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    doctor.set_defaults(action=doctor_command)
     return parser
+
+
+def _add_after_training(commands: Any) -> None:
+    report = commands.add_parser(
+        "report", help="a page to look at", description="Writes what a run did as one HTML page, curves and samples."
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+    report.set_defaults(action=report_command)
+
+    export = commands.add_parser(
+        "export", help="a plain transformers folder",
+        description="Writes a checkpoint as a folder that transformers loads, the evaluator heads beside it.",
+    )  # fmt: skip
+    export.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    export.add_argument("out_dir", type=Path, metavar="DIR", help="new or empty folder")
+    export.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
+    _add_step(export)
+    export.set_defaults(action=export_command)
+
+    evaluate = commands.add_parser(
+        "eval", help="how good a checkpoint is",
+        description="Held-out perplexity, samples with all reward terms, known answers, lm-eval tasks. Prints one JSON "
+        "object and adds it to RUN/evals.jsonl.",
+    )  # fmt: skip
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    _add_step(evaluate)
+    evaluate.add_argument(
+        "--samples", type=_bounded(0, 2**31), default=64, metavar="N",
+        help="responses to score, in whole groups (default: 64)",
+    )  # fmt: skip
+    evaluate.add_argument("--probes", type=Path, metavar="FILE", help="prompts with known answers, .jsonl")
+    evaluate.add_argument(
+        "--lm-eval", type=_names, default=[], metavar="TASKS", help="names, comma separated; needs lm-eval"
+    )
+    evaluate.add_argument("--lm-eval-include", type=Path, metavar="DIR", help="folder with YAMLs of more tasks")
+    evaluate.add_argument("--seed", type=_bounded(0, 2**31), default=0, help="of all sampling (default: 0)")
+    evaluate.set_defaults(action=eval_command)
+
+
+def _bounded(least: int, above: int) -> Callable[[str], int]:
+    """A whole number from ``least`` on, below ``above``."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < above:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {above - 1}")
+        return int(text)
+
+    return number
+
+
+def _names(text: str) -> list[str]:
+    if not all(names := [name.strip() for name in text.split(",")]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of names, separated by commas")
+    return names
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--step", type=_bounded(0, 2**31), metavar="N", help="checkpoint (default: the newest that is sound)"
+    )
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
@@ -69,6 +146,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _overrides(options: argparse.Namespace, path: Path) -> list[str]:
     """Those of the command line; `--ranks` is one, too. ``path``: the config they are for."""
+    from asa_dist.config_text import read_tree
+
     overrides = list(options.overrides)
     if options.ranks is not None:
         train = read_tree(path, overrides).get("train")
@@ -78,6 +157,8 @@ def _overrides(options: argparse.Namespace, path: Path) -> list[str]:
 
 
 def train_command(options: argparse.Namespace) -> int:
+    from asa_dist.config import load_config
+
     config = load_config(options.config, _overrides(options, options.config))
     run_dir = options.run_dir or Path("runs") / f"{options.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return _run(config, run_dir, str(options.config), options, resume=False)
@@ -104,6 +185,7 @@ def resume_command(options: argparse.Namespace) -> int:
 
 def _run(config: Config, run_dir: Path, origin: str, options: argparse.Namespace, *, resume: bool) -> int:
     """``origin``: the config's name in messages."""
+    from asa_dist.config import ConfigError, dump_config
     from asa_dist.launcher import assign_gpus, describe, run_training
 
     gpus = None if options.dry_run else assign_gpus(config, origin)
@@ -123,17 +205,67 @@ def _run(config: Config, run_dir: Path, origin: str, options: argparse.Namespace
         return EXIT_FAILED
 
 
-def inspect_command(options: argparse.Namespace) -> int:
-    from asa_dist.inspection import as_json, as_text, inspect_run
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """What is being done, on a line of its own that goes away; nothing if stderr is no terminal."""
 
     def show(message: str) -> None:
         if sys.stderr.isatty():
-            print(f"\r{f'checking {message}' if message else ''}\x1b[K", end="", file=sys.stderr, flush=True)
+            print(f"\r{message}\x1b[K", end="", file=sys.stderr, flush=True)
 
-    found = inspect_run(options.run_dir, is_quick=options.quick, progress=show)
-    show("")
+    try:
+        yield show
+    finally:
+        show("")
+
+
+def inspect_command(options: argparse.Namespace) -> int:
+    from asa_dist.inspection import as_json, as_text, inspect_run
+
+    with _progress() as show:
+        found = inspect_run(options.run_dir, is_quick=options.quick, progress=lambda name: show(f"checking {name}"))
     print(as_json(found) if options.json else as_text(found))
     return 0 if found.is_sound else EXIT_FAILED
+
+
+def report_command(options: argparse.Namespace) -> int:
+    from asa_dist.report import write_report
+
+    print(write_report(options.run_dir, options.out))
+    return 0
+
+
+def export_command(options: argparse.Namespace) -> int:
+    from asa_dist.evaluation.export import export_run
+
+    with _progress() as show:
+        folder = export_run(options.run_dir, options.out_dir, options.dtype, options.step, show)
+    print(folder)
+    return 0
+
+
+def eval_command(options: argparse.Namespace) -> int:
+    from asa_dist.config import ConfigError
+    from asa_dist.evaluation.evaluate import evaluate_run
+
+    if options.lm_eval_include is not None and not options.lm_eval:
+        raise ConfigError("--lm-eval-include says where tasks are, but --lm-eval names none")
+    with _progress() as show:
+        row = evaluate_run(
+            options.run_dir, step=options.step, num_samples=options.samples, probe_file=options.probes,
+            lm_eval_tasks=options.lm_eval, lm_eval_include=options.lm_eval_include, seed=options.seed, progress=show,
+        )  # fmt: skip
+    print(json.dumps(row, indent=1, ensure_ascii=False, allow_nan=False))
+    return 0
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    from asa_dist.doctor import as_json, as_text, diagnose, every_run_can_start
+
+    with _progress() as show:
+        findings = diagnose(show)
+    print(as_json(findings) if options.json else as_text(findings))
+    return 0 if every_run_can_start(findings) else EXIT_FAILED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,6 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     early, start again with `asa resume`; 128 + n stopped at once by signal n."""
     options = parse_arguments(arguments)
     options.started_at = time.time()
+    if options.action is doctor_command:
+        return doctor_command(options)
+    from asa_dist.config_text import ConfigError
+
     try:
         return options.action(options)
     except ConfigError as error:

@@ -142,6 +142,12 @@ class WatchedEngine(TrainEngine):
         with self._watchdog.phase("training on a step", self._timeout_seconds):
             return super().train_step(batches, inputs, learning_rates)
 
+    def observed_step(
+        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
+    ) -> StepResult:
+        with self._watchdog.phase("training on a step and observing it", 2 * self._timeout_seconds):
+            return super().observed_step(batches, inputs, learning_rates)
+
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
         with self._watchdog.phase("evaluating held-out rows", self._timeout_seconds):
             return super().corpus_loss(batch, inputs)

@@ -2,7 +2,7 @@
 
 A config is a YAML file plus ``key.sub=value`` overrides. Every field carries its unit in its name, its bounds
 in its type and one line of documentation; every rule that spans fields is one named validator in
-``CROSS_FIELD_RULES``. Functions elsewhere receive the *section* they use, never the whole config.
+``config_rules.py``. Functions elsewhere receive the *section* they use, never the whole config.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from asa_dist.config_rules import CROSS_FIELD_RULES
 from asa_dist.config_text import ConfigError as ConfigError
 from asa_dist.config_text import dump_tree, read_tree
 
@@ -101,7 +102,8 @@ class RolloutConfig(Section):
     groups_per_lease: PositiveInt | None = Field(None, description="consecutive groups in one engine call; null = P / workers")
     min_prompt_tokens: PositiveInt = Field(8, description="shortest prompt, in tokens")
     max_prompt_tokens: PositiveInt = Field(24, description="longest prompt, in tokens")
-    prompt_file: str | None = Field(None, description="prompts, one per line (.txt) or {\"prompt\": …} per line (.jsonl); null = prefixes of training documents")
+    prompt_file: str | None = Field(None, description="prompts, one per line (.txt) or {\"prompt\": …, \"variants\": […]} per line (.jsonl), variants if there are any; null = prefixes of training documents")
+    prompt_variants: PositiveInt = Field(1, description="K, phrasings of the same prompt that a group's siblings take turns at: \"variants\" of a .jsonl prompt_file")
     max_new_tokens: PositiveInt = Field(32, description="longest response, in tokens, end-of-text included")
     temperature: float = Field(1.0, gt=0.0, le=10.0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus sampling; 1 = off")
@@ -115,6 +117,15 @@ class RolloutConfig(Section):
     timeout_seconds: float = Field(600.0, gt=0, description="longest wait for rollouts, publishing or a worker's start")
 
 
+class IntrinsicConfig(Section):
+    """Weights of R_intrinsic's terms; it is their weighted mean (equation 12 has thirds)."""
+
+    self_consistency: float = Field(1.0, ge=0.0, description="overlap with siblings")
+    coherence: float = Field(1.0, ge=0.0, description="likeness of neighbouring claims")
+    quality: float = Field(1.0, ge=0.0, description="mean of the principles' measured signals")
+    certainty: float = Field(0.0, ge=0.0, description="1 + mean token log-probability, at least −1: alone, it is pure sharpening")
+
+
 class EvaluatorConfig(Section):
     embedding: Literal["learned", "raw"] = Field("learned", description="learned = projection of centred middle states; raw = mean of final states (the paper)")
     embedding_size: PositiveInt = Field(256, description="D, size of a response embedding")
@@ -122,18 +133,23 @@ class EvaluatorConfig(Section):
     omega_floor: float = Field(0.05, ge=0.0, le=1 / 3, description="smallest weight ω of each self-reward term")
     principles: list[Literal["relevance", "non_repetition", "completeness", "fluency"]] = Field(
         ["relevance", "non_repetition", "completeness", "fluency"], min_length=1, description="behavioural principles (equation 9)")
-    trust: Literal["earned", "always"] = Field("earned", description="earned = τ follows agreement with the intrinsic reward; always = τ is 1")
+    trust: Literal["earned", "always", "never"] = Field("earned", description="earned = τ follows agreement with the intrinsic reward; always = τ is 1; never = τ is 0, R_intrinsic alone")
     trust_decay: Fraction = Field(0.95, description="decay per step of ρ̄")
     warmup_rho: float = Field(0.3, ge=-1.0, le=1.0, description="ρ̄ that ends the evaluator warm-up once held")
     warmup_hold_steps: PositiveInt = Field(20, description="consecutive steps ρ̄ must hold warmup_rho")
     max_warmup_steps: int = Field(200, ge=0, description="β is 0 for at most this many steps: then alignment starts, with whatever trust there is")
     running_mean_decay: float = Field(0.9, ge=0.0, lt=1.0, description="decay per step of the running means (centre of states, meta features)")
+    token_weights: Literal["informative", "uniform"] = Field("informative", description="what a token counts in the overlap of siblings: informative = (log of the share of responses that contain it)²; uniform = 1, plain multiset F1")
+    token_share_decay: float = Field(0.98, ge=0.0, lt=1.0, description="decay per step of these shares")
+    vote_sharpness: float = Field(4.0, ge=0.0, le=100.0, description="in SelfConsistency a sibling counts as its mean token probability, of what is informative, to this power; 0 = all alike")
+    intrinsic: IntrinsicConfig = Field(IntrinsicConfig(), description="weights of the terms of R_intrinsic")
 
 
 class ObjectiveConfig(Section):
     alpha: float = Field(0.5, ge=0, description="α, weight of the language-model loss")
     beta: float = Field(0.4, ge=0, description="β, weight of the self-alignment loss")
     gamma: float = Field(0.1, ge=0, description="γ, weight of the meta-reward loss")
+    meta_loss: Literal["centred", "paper"] = Field("centred", description="L_meta on differences within the group, all that advantages see; paper = on the rewards as they are")
     advantage: Literal["none", "group_mean", "group_norm", "leave_one_out"] = Field("group_norm", description="from R_used; none = the paper's A = R")
     phi_self_align: Literal["centred", "paper", "off"] = Field("centred", description="φ's part of the self-alignment loss")
     importance: Literal["token", "sequence", "none"] = Field("token", description="off-policy correction w")
@@ -185,6 +201,8 @@ class CheckpointConfig(Section):
 class MetricsConfig(Section):
     samples_every_steps: PositiveInt = Field(100, description="write a few groups to samples.jsonl every N steps")
     sample_groups: PositiveInt = Field(2, description="groups per sample, at most")
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="the same keys in Weights & Biases; offline = files in the run folder, no account")
+    wandb_project: str = Field("asa-dist", description="project of a W&B run")
 
 
 class Config(Section):
@@ -207,149 +225,6 @@ class Config(Section):
     @property
     def groups_per_lease(self) -> int:
         return self.rollout.groups_per_lease or self.rollout.prompts_per_step // self.rollout.workers
-
-
-# --- rules that span fields ------------------------------------------------------------------------------------
-# Each takes the config and yields (key, value, what is allowed).
-Problem = tuple[str, Any, str]
-
-
-def _rule_one_tokenizer(config: Config) -> list[Problem]:
-    tokenizer = config.data.tokenizer
-    if (tokenizer.path is None) == (tokenizer.train is None):
-        return [("data.tokenizer", tokenizer.model_dump(), "give either path or train, not both and not neither")]
-    return []
-
-
-def _rule_pretrained_brings_its_tokenizer(config: Config) -> list[Problem]:
-    if config.model.name_or_path is not None and config.data.tokenizer.train is not None:
-        return [("data.tokenizer.train", config.data.tokenizer.train.model_dump(),
-                 "a pretrained model needs the tokenizer it was trained with: set data.tokenizer.path and data.tokenizer.train=null")]
-    return []
-
-
-def _rule_sources_have_a_location(config: Config) -> list[Problem]:
-    problems: list[Problem] = []
-    for index, source in enumerate(config.data.sources):
-        key = f"data.sources.{index}"
-        if source.kind in ("text", "jsonl", "parquet") and source.path is None:
-            problems.append((f"{key}.path", None, f"a {source.kind} source needs a file or folder"))
-        if source.kind == "dataset" and source.name is None:
-            problems.append((f"{key}.name", None, "a dataset source needs a `datasets` name or folder"))
-        if source.streaming and source.kind != "dataset":
-            problems.append((f"{key}.streaming", True, "only kind: dataset can stream"))
-    return problems
-
-
-def _rule_files_exist(config: Config) -> list[Problem]:
-    problems: list[Problem] = [
-        (f"data.sources.{index}.path", source.path, "no such file or folder") for index, source in enumerate(config.data.sources)
-        if source.path is not None and not os.path.exists(os.path.expanduser(source.path))]
-    prompt_file = config.rollout.prompt_file
-    if prompt_file is not None and not os.path.isfile(os.path.expanduser(prompt_file)):
-        problems.append(("rollout.prompt_file", prompt_file, "no such file"))
-    for key, name in (("model.name_or_path", config.model.name_or_path), ("data.tokenizer.path", config.data.tokenizer.path)):
-        looks_local = name is not None and (name.startswith(("/", ".", "~")) or name.count("/") > 1)
-        if looks_local and not os.path.isdir(os.path.expanduser(str(name))):
-            problems.append((key, name, "no such folder (a hub name has the form owner/name)"))
-    return problems
-
-
-def _rule_heads_divide_width(config: Config) -> list[Problem]:
-    arch = config.model.architecture
-    problems: list[Problem] = []
-    if arch.hidden_size % (2 * arch.num_attention_heads):
-        problems.append(("model.architecture.num_attention_heads", arch.num_attention_heads,
-                         f"hidden_size {arch.hidden_size} must be a multiple of twice this (heads of even width)"))
-    if arch.num_attention_heads % arch.num_key_value_heads:
-        problems.append(("model.architecture.num_key_value_heads", arch.num_key_value_heads,
-                         f"must divide num_attention_heads {arch.num_attention_heads}"))
-    return problems
-
-
-def _rule_batches_divide(config: Config) -> list[Problem]:
-    num_microbatches = config.num_ranks * config.train.accumulation_steps
-    shape = f"{config.num_ranks} ranks x {config.train.accumulation_steps} accumulation steps = {num_microbatches}"
-    problems: list[Problem] = []
-    if config.rollout.prompts_per_step % num_microbatches:
-        problems.append(("rollout.prompts_per_step", config.rollout.prompts_per_step,
-                         f"a group is never split over ranks or micro-batches: must be a multiple of {shape}"))
-    if config.train.corpus_rows_per_step % num_microbatches:
-        problems.append(("train.corpus_rows_per_step", config.train.corpus_rows_per_step, f"must be a multiple of {shape}"))
-    return problems
-
-
-def _rule_leases_divide(config: Config) -> list[Problem]:
-    rollout = config.rollout
-    if rollout.groups_per_lease is None and rollout.prompts_per_step % rollout.workers:
-        return [("rollout.workers", rollout.workers,
-                 f"must divide rollout.prompts_per_step {rollout.prompts_per_step}, or set rollout.groups_per_lease")]
-    if rollout.prompts_per_step % config.groups_per_lease:
-        return [("rollout.groups_per_lease", rollout.groups_per_lease,
-                 f"must divide rollout.prompts_per_step {rollout.prompts_per_step}")]
-    return []
-
-
-def _rule_prompt_lengths(config: Config) -> list[Problem]:
-    rollout = config.rollout
-    if rollout.min_prompt_tokens > rollout.max_prompt_tokens:
-        return [("rollout.min_prompt_tokens", rollout.min_prompt_tokens,
-                 f"must be at most rollout.max_prompt_tokens {rollout.max_prompt_tokens}")]
-    return []
-
-
-def _rule_context(config: Config) -> list[Problem]:
-    rollout, length = config.rollout, config.data.sequence_length
-    problems: list[Problem] = []
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-    if longest > length:
-        problems.append(("rollout.max_new_tokens", rollout.max_new_tokens,
-                         f"prompt + response = {longest} tokens must fit a row: at most data.sequence_length {length}"))
-    if config.model.name_or_path is None and length > config.model.architecture.max_position_embeddings:
-        problems.append(("data.sequence_length", length,
-                         f"at most model.architecture.max_position_embeddings {config.model.architecture.max_position_embeddings}"))
-    return problems
-
-
-def _rule_devices(config: Config) -> list[Problem]:
-    problems: list[Problem] = []
-    if config.model.attention == "flash_attention_2" and (
-            config.train.gpus == 0 or config.rollout.gpus_per_worker == 0 or config.model.dtype != "bfloat16"):
-        problems.append(("model.attention", "flash_attention_2",
-                         "needs train.gpus ≥ 1, rollout.gpus_per_worker ≥ 1 and model.dtype bfloat16; auto picks what fits"))
-    if config.train.offload_optimizer and config.train.zero_stage == 0:
-        problems.append(("train.offload_optimizer", True, "needs train.zero_stage ≥ 1"))
-    if config.rollout.engine == "hf" and config.rollout.gpus_per_worker > 1:
-        problems.append(("rollout.gpus_per_worker", config.rollout.gpus_per_worker, "engine hf uses at most one GPU per worker"))
-    return problems
-
-
-def _rule_deadlines(config: Config) -> list[Problem]:
-    rollout, collective = config.rollout.timeout_seconds, config.train.collective_timeout_seconds
-    if rollout >= collective:
-        return [("rollout.timeout_seconds", rollout,
-                 f"must be below train.collective_timeout_seconds {collective:g}: while one rank waits for rollouts, the "
-                 "others wait for it in a collective")]
-    return []
-
-
-def _rule_raw_embedding(config: Config) -> list[Problem]:
-    if config.evaluator.embedding == "raw" and config.objective.embedding_loss_weight > 0:
-        return [("objective.embedding_loss_weight", config.objective.embedding_loss_weight,
-                 "must be 0 with evaluator.embedding raw: there is no projection to train")]
-    return []
-
-
-def _rule_distinct_principles(config: Config) -> list[Problem]:
-    names = config.evaluator.principles
-    return [("evaluator.principles", names, "each at most once")] if len(set(names)) < len(names) else []
-
-
-CROSS_FIELD_RULES: tuple[Callable[[Config], list[Problem]], ...] = (
-    _rule_one_tokenizer, _rule_pretrained_brings_its_tokenizer, _rule_sources_have_a_location, _rule_files_exist,
-    _rule_heads_divide_width, _rule_batches_divide, _rule_leases_divide, _rule_prompt_lengths, _rule_context,
-    _rule_devices, _rule_deadlines, _rule_raw_embedding, _rule_distinct_principles,
-)
 
 
 # --- validating ------------------------------------------------------------------------------------------------

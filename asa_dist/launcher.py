@@ -160,7 +160,19 @@ def run_training(
             devices = gpus.train or range(config.num_ranks)
             command = _launcher_command(devices, run_dir, ray.address, resume, started_at)
             code = stop.run(command, environment, lock)
+    if stop.killed_by is None:
+        _write_report(run_dir)
     return report_end(code, stop.killed_by, run_dir, config.train.steps)
+
+
+def _write_report(run_dir: Path) -> None:
+    """The page to look at; without it the run is none the worse."""
+    try:
+        from asa_dist.report import write_report
+
+        print(f"report: {write_report(run_dir)}", flush=True)
+    except Exception as error:  # whatever it is, the exit code and how to go on matter more
+        print(f"asa: warning: no report: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def report_end(code: int, killed_by: int | None, run_dir: Path, num_steps: int) -> int:

@@ -1,7 +1,8 @@
 """What crosses a process boundary: small frozen records, no behaviour beyond their own consistency.
 
-Shapes: T tokens of one response, N tokens of one prompt. Token ids are int32, log-probabilities float32.
-A *policy version* v is the weights after v optimizer steps; step s (counted from 0) trains version s into s + 1.
+Shapes: T tokens of one response, N tokens of one prompt, G responses per prompt, K phrasings of a prompt. Token ids are
+int32, log-probabilities float32. A *policy version* v is the weights after v optimizer steps; step s (counted from 0)
+trains version s into s + 1.
 """
 
 from __future__ import annotations
@@ -13,11 +14,28 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of the rollout stream; ``(epoch, prompt_id)`` also keys its sampling noise."""
+    """One prompt of the rollout stream; ``(epoch, prompt_id)`` also keys its sampling noise.
+
+    It may be put in K = 1 + ``len(variants)`` phrasings: siblings take turns, sibling g answers phrasing g mod K.
+    """
 
     prompt_id: int
     epoch: int
-    token_ids: np.ndarray  # int32 [N], N ≥ 1
+    token_ids: np.ndarray  # int32 [N], N ≥ 1: phrasing 0
+    variants: tuple[np.ndarray, ...] = ()  # int32 [N] each, of its own N ≥ 1: phrasings 1 … K − 1
+
+    @property
+    def phrasings(self) -> tuple[np.ndarray, ...]:
+        """All K, int32 [N] each."""
+        return (self.token_ids, *self.variants)
+
+    def variant_of(self, sibling: int) -> int:
+        """Number of the phrasing, 0 … K − 1, that this sibling (0 … G − 1) answers."""
+        return sibling % (1 + len(self.variants))
+
+    def tokens_for(self, sibling: int) -> np.ndarray:
+        """The phrasing that this sibling (0 … G − 1) answers, int32 [N]."""
+        return self.phrasings[self.variant_of(sibling)]
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,8 @@ class RolloutGroup:
 
     @property
     def nbytes(self) -> int:
-        return self.prompt.token_ids.nbytes + sum(response.nbytes for response in self.responses)
+        num_bytes = sum(token_ids.nbytes for token_ids in self.prompt.phrasings)
+        return num_bytes + sum(response.nbytes for response in self.responses)
 
 
 @dataclass(frozen=True)

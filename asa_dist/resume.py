@@ -12,7 +12,8 @@ from asa_dist.runtime.checkpoint_files import list_checkpoints, verify
 # Sections and fields that weights, data order or ledger of a run depend on; of MAY_CHANGE they do not.
 FIXED = (
     "method", "seed", "model", "data",
-    "rollout.prompts_per_step", "rollout.prompt_file", "rollout.min_prompt_tokens", "rollout.max_prompt_tokens",
+    "rollout.prompts_per_step", "rollout.prompt_file", "rollout.prompt_variants",
+    "rollout.min_prompt_tokens", "rollout.max_prompt_tokens",
     "train.corpus_rows_per_step",
     "evaluator.embedding", "evaluator.embedding_size", "evaluator.principles",
 )

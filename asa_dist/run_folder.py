@@ -25,14 +25,16 @@ def prepare_run_folder(config: Config, run_dir: Path, resume: bool = False) -> D
         resume: the folder may hold a run already, which is to go on.
 
     Raises:
-        ConfigError: the run is to go on as another one. Nothing has been changed.
+        ConfigError: the run is to go on as another one, or cannot be logged as wanted. Nothing has been changed.
         DataError: content or files that cannot be used, or a run folder that belongs to another run.
     """
     from asa_dist.runtime.checkpoint_files import write_atomically
     from asa_dist.runtime.data.errors import DataError
     from asa_dist.runtime.data.prepare import prepare
     from asa_dist.runtime.stopping import forget_stop_request
+    from asa_dist.runtime.wandb_log import check_wandb
 
+    check_wandb(config.metrics)
     config_path = run_dir / "config.yaml"
     if resume and config_path.exists():
         refuse_changes(config_path, config)

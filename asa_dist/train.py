@@ -280,7 +280,7 @@ def _build_loop(
     config, placement, model = rank.config, rank.placement, engine.engine.module
     return AsaLoop(
         config=config, rank=placement.rank, num_ranks=placement.num_ranks, device=placement.device,
-        state=AlignmentState(config.evaluator, model.lm.config.hidden_size), engine=engine,
+        state=AlignmentState(config.evaluator, model.lm.config.hidden_size, model.vocab_size), engine=engine,
         tables=token_tables(tokenizer, model.vocab_size),
         corpus=CorpusFeed(rank.run_dir, config.data, config.train, config.seed, model.vocab_size, placement.rank,
                           placement.num_ranks, engine.sum_over_ranks),

@@ -201,7 +201,7 @@ def test_an_empty_corpus_is_refused_before_anything_starts(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("files", "overrides", "message"), [
     ({"long.txt": "Hi\nThis prompt has many more than the four tokens allowed.\n"},
-     ["rollout.prompt_file={folder}/long.txt", "rollout.max_prompt_tokens=4"], "long.txt:2: a prompt of "),
+     ["rollout.prompt_file={folder}/long.txt", "rollout.max_prompt_tokens=4"], "long.txt:2: the prompt has "),
     ({"none.txt": "\n"}, ["rollout.prompt_file={folder}/none.txt"], "none.txt: no prompt in this file"),
     ({"rows.jsonl": '{"txt": "a document"}\n'},
      ["data.sources=[{{kind: jsonl, path: {folder}/rows.jsonl}}]"], "rows.jsonl:1: no field 'text'; fields: txt"),

@@ -19,6 +19,6 @@ def explained_keys() -> list[str]:
 
 
 def test_readme_explains_every_key_once_and_no_other(tmp_path: Path) -> None:
-    run = local_run(tiny.config(stage=0), tmp_path)
-    run.loop.run(1)
+    run = local_run(tiny.config(stage=0, metrics={"samples_every_steps": 1}), tmp_path)
+    run.loop.run(2)
     assert sorted(explained_keys()) == sorted(set().union(*run.recorder.rows))

@@ -5,7 +5,7 @@ A principle is one function in ``PRINCIPLE_SIGNALS``: add yours there and name i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from asa_dist.asa.packing import GroupTensors
 from asa_dist.asa.states import PooledStates
+from asa_dist.config import EvaluatorConfig
 
 COHERENCE_WITHOUT_CLAIMS = 0.5  # when no response of the group has two claims
+MIN_CERTAINTY = -1.0
 TOKEN_BITS = 21  # three token ids fit one int64: vocabularies up to 2 M
 
 
@@ -36,6 +38,7 @@ class IntrinsicReward:
     self_consistency_PG: Tensor
     coherence_PG: Tensor
     quality_PG: Tensor
+    certainty_PG: Tensor
     signal_PGM: Tensor
 
 
@@ -105,23 +108,59 @@ def internal_coherence(groups: GroupTensors, states: PooledStates) -> Tensor:
     return torch.where(measured_PG, mean_PG, group_mean_P1)
 
 
+def self_consistency(f1_PGG: Tensor, vote_PGG: Tensor) -> Tensor:
+    """Mean overlap with the siblings, each of which counts as its vote [P, G].
+
+    Args:
+        vote_PGG: ≥ 0, of each sibling's (last) word on each response; its own is 0. Where no sibling has a vote, the
+            consistency is 0.
+    """
+    total_PG = vote_PGG.sum(-1)
+    return (f1_PGG * vote_PGG).sum(-1) / total_PG.masked_fill(total_PG == 0, 1.0)
+
+
+def sibling_votes(said_logprob_PG: Tensor, content_length_PG: Tensor, sharpness: float) -> Tensor:
+    """How much each sibling's (last) word on each response counts, [P, G, G]: the surest one's 1, 0 without content.
+
+    Relative to the surest of the *siblings*: beside a much surer response, their votes would all round to 0.
+
+    Args:
+        said_logprob_PG: how sure the model was of each response (``objective.content_logprob``).
+        sharpness: exponent of its probability; 0 gives every sibling with content the same vote.
+    """
+    itself_GG = torch.eye(content_length_PG.shape[1], dtype=torch.bool, device=content_length_PG.device)
+    silent_PGG = (content_length_PG == 0).unsqueeze(1) | itself_GG
+    logit_PGG = (sharpness * said_logprob_PG).unsqueeze(1).masked_fill(silent_PGG, -torch.inf)
+    surest_PG1 = logit_PGG.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    return (logit_PGG - surest_PG1).exp()
+
+
 @torch.no_grad()
 def intrinsic_reward(
     groups: GroupTensors,
     states: PooledStates,
     mean_logprob_PG: Tensor,
     f1_PGG: Tensor,
-    principles: Sequence[str],
+    vote_PGG: Tensor,
+    config: EvaluatorConfig,
 ) -> IntrinsicReward:
-    """Equation 12 with equal weights; ``f1_PGG`` is the token F1 of siblings."""
+    """Equation 12, with weights; ``f1_PGG`` is the token F1 of siblings, ``vote_PGG`` what each counts."""
     has_content_PG = (groups.content_length_PG > 0).float()
     inputs = SignalInputs(groups, states, mean_logprob_PG)
     signal_PGM = torch.stack(
-        [PRINCIPLE_SIGNALS[name](inputs) for name in principles], dim=-1
+        [PRINCIPLE_SIGNALS[name](inputs) for name in config.principles], dim=-1
     ) * has_content_PG.unsqueeze(-1)
-    others_PG = f1_PGG.sum(-1) - f1_PGG.diagonal(dim1=1, dim2=2)
-    self_consistency_PG = others_PG / (groups.group_size - 1) * has_content_PG
+    self_consistency_PG = self_consistency(f1_PGG, vote_PGG) * has_content_PG
     coherence_PG = internal_coherence(groups, states) * has_content_PG
     quality_PG = signal_PGM.mean(-1)
-    total_PG = (self_consistency_PG + coherence_PG + quality_PG) / 3
-    return IntrinsicReward(total_PG, self_consistency_PG, coherence_PG, quality_PG, signal_PGM)
+    certainty_PG = (1 + mean_logprob_PG).clamp(min=MIN_CERTAINTY) * has_content_PG
+    weights = config.intrinsic
+    total_PG = (
+        weights.self_consistency * self_consistency_PG
+        + weights.coherence * coherence_PG
+        + weights.quality * quality_PG
+        + weights.certainty * certainty_PG
+    ) / (weights.self_consistency + weights.coherence + weights.quality + weights.certainty)
+    return IntrinsicReward(
+        total_PG, self_consistency_PG, coherence_PG, quality_PG, certainty_PG, signal_PGM
+    )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from asa_dist.asa.errors import RolloutsUnavailable, TrainingError
-from asa_dist.asa.objective import GlobalCounts, StepCoefficients, StepInputs, StepResult
+from asa_dist.asa.objective import GlobalCounts, StepInputs, StepResult, step_inputs
 from asa_dist.asa.packing import MicroBatch, TextTables, join, pack_groups
 from asa_dist.asa.trust import AlignmentState, StepSummary
 from asa_dist.config import Config
@@ -34,6 +34,9 @@ class Engine(Protocol):
     """The sharded model (runtime/engine.py)."""
 
     def train_step(
+        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: dict[str, float]
+    ) -> StepResult: ...
+    def observed_step(  # also measures theory/*
         self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: dict[str, float]
     ) -> StepResult: ...
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float: ...
@@ -151,9 +154,11 @@ class AsaLoop:
         waited_seconds = time.monotonic() - asked
         batches = self._batches(step, corpus, groups)
         counts = self._global_counts(batches)
-        inputs = self._inputs(counts)
+        inputs = step_inputs(self.state, self.config.objective, counts, self.device)
         rates = self.learning_rates(step)
-        result = self.engine.train_step(batches, inputs, rates)
+        is_sampled = step % self.config.metrics.samples_every_steps == 0
+        train_step = self.engine.observed_step if is_sampled else self.engine.train_step
+        result = train_step(batches, inputs, rates)
         self.finished = step + 1
         self.corpus.trained()
         sums, maxima, prompt_ids, stop = self._reduce(result, groups)
@@ -166,7 +171,7 @@ class AsaLoop:
         values = self._metrics(sums, counts, inputs) | maxima
         self.state.update(self._summary(sums, counts))
         values["trust/rho"] = float(self.state.rho)
-        if step % self.config.metrics.samples_every_steps == 0:
+        if is_sampled:
             self.recorder.samples(step + 1, groups, result.terms, inputs.coefficients.tau)
         step_seconds = time.monotonic() - started
         values |= {
@@ -272,19 +277,6 @@ class AsaLoop:
         local = torch.stack([GlobalCounts.of(batch) for batch in batches]).sum(0)
         return GlobalCounts(*self.engine.sum_over_ranks(local).tolist())
 
-    def _inputs(self, counts: GlobalCounts) -> StepInputs:
-        objective = self.config.objective
-        coefficients = StepCoefficients(
-            objective.alpha, objective.beta if self.state.aligning else 0.0, objective.gamma, self.state.tau
-        )
-        return StepInputs(
-            coefficients,
-            counts,
-            self.state.center().to(self.device),
-            self.state.scale(),
-            self.state.progress().to(self.device),
-        )
-
     def _reduce(
         self, result: StepResult, groups: Sequence[RolloutGroup]
     ) -> tuple[dict[str, Tensor], dict[str, float], list[int], int]:
@@ -317,6 +309,8 @@ class AsaLoop:
             pooled_sum_H=sums["pooled_sum"],
             pooled_square_sum=float(sums["pooled_square_sum"]),
             num_pooled=counts.contentful,
+            responses_with_V=sums["responses_with_token"],
+            num_responses=counts.responses,
         )
 
     def _metrics(self, sums: dict[str, Tensor], counts: GlobalCounts, inputs: StepInputs) -> dict[str, float]:
@@ -347,7 +341,7 @@ class AsaLoop:
         batches = self.corpus.heldout_batches()
         local = torch.stack([GlobalCounts.of(batch) for batch in batches]).sum(0)
         counts = GlobalCounts(*self.engine.sum_over_ranks(local).clamp(min=1).tolist())
-        inputs = self._inputs(counts)
+        inputs = step_inputs(self.state, self.config.objective, counts, self.device)
         loss = sum(self.engine.corpus_loss(batch, inputs) for batch in batches)
         mean_loss = float(self.engine.sum_over_ranks(torch.tensor([loss])))
         if not math.isfinite(mean_loss):

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asa_dist.asa.heads import EvaluatorOutput
-from asa_dist.asa.intrinsic import IntrinsicReward, intrinsic_reward
+from asa_dist.asa.intrinsic import IntrinsicReward, intrinsic_reward, sibling_votes
 from asa_dist.asa.packing import IGNORED, GroupTensors, MicroBatch
 from asa_dist.asa.rewards import SelfReward, self_reward
 from asa_dist.asa.states import PooledStates
-from asa_dist.asa.trust import STD_FLOOR, spearman, used_reward
+from asa_dist.asa.trust import STD_FLOOR, AlignmentState, spearman, used_reward
 from asa_dist.config import EvaluatorConfig, ObjectiveConfig
 from asa_kernels import token_f1
 
@@ -78,6 +78,22 @@ class StepInputs:
     center_H: Tensor  # of pooled states
     scale: float  # of pooled states, see pool_states
     progress_F: Tensor
+    token_weight_V: Tensor  # what each token counts when siblings are compared
+
+
+def step_inputs(
+    state: AlignmentState, objective: ObjectiveConfig, counts: GlobalCounts, device: torch.device | str
+) -> StepInputs:
+    """What the step after ``state`` computes with."""
+    beta = objective.beta if state.aligning else 0.0
+    return StepInputs(
+        StepCoefficients(objective.alpha, beta, objective.gamma, state.tau),
+        counts,
+        state.center().to(device),
+        state.scale(),
+        state.progress().to(device),
+        state.token_weights().to(device),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,12 +119,29 @@ class ScoredGroups:
     length_mean_logprob_PG: Tensor  # mean token log-probability, with the graph to ψ
 
 
-def sum_per_response(values_N: Tensor, groups: GroupTensors) -> Tensor:
-    """Sums a per-position quantity over the positions that predict each response's tokens, [P, G] float32."""
+def sum_per_response(values_N: Tensor, groups: GroupTensors, index_N: Tensor | None = None) -> Tensor:
+    """Sums a per-position quantity over the positions that predict each response's tokens, [P, G] float32.
+
+    Args:
+        index_N: which positions, and of which response; None: ``predicts_N``.
+    """
     num_responses = groups.num_groups * groups.group_size
-    slot_N = torch.where(groups.predicts_N < 0, num_responses, groups.predicts_N)
+    index_N = groups.predicts_N if index_N is None else index_N
+    slot_N = torch.where(index_N < 0, num_responses, index_N)
     sums_S = torch.zeros(num_responses + 1, device=values_N.device).index_add(0, slot_N, values_N.float())
     return sums_S[:-1].view(groups.num_groups, groups.group_size)
+
+
+def content_logprob(logprob_N: Tensor, batch: MicroBatch, weight_V: Tensor) -> Tensor:
+    """How sure the model was of what each response says, ≤ 0, [P, G] float32.
+
+    The mean log-probability of its tokens without end-of-text, each weighing as it does in the overlap, and of one sure
+    token more: so of little it is the sum, and of much the mean, which does not favour what is short.
+    """
+    says_N = batch.responses.says_N
+    weight_N = weight_V[batch.target_RT.flatten().clamp(min=0)]
+    total_PG = sum_per_response(weight_N, batch.responses, says_N)
+    return sum_per_response(weight_N * logprob_N, batch.responses, says_N) / (1 + total_PG)
 
 
 def group_advantage(used_PG: Tensor, kind: Literal["group_mean", "group_norm", "leave_one_out"]) -> Tensor:
@@ -148,19 +181,21 @@ def score_groups(
     states: PooledStates,
     heads: EvaluatorOutput,
     omega_3: Tensor,
-    groups: GroupTensors,
-    coefficients: StepCoefficients,
-    vocab_size: int,
+    batch: MicroBatch,
+    inputs: StepInputs,
     evaluator: EvaluatorConfig,
     objective: ObjectiveConfig,
 ) -> ScoredGroups:
     """All rewards of the step, with today's φ."""
+    groups, weight_V, coefficients = batch.responses, inputs.token_weight_V, inputs.coefficients
     length_PG = groups.length_PG.clamp(min=1)
     mean_logprob_PG = sum_per_response(scores.logprob_N, groups) / length_PG
     mean_entropy_PG = sum_per_response(scores.entropy_N, groups) / length_PG
-    f1_PGG = token_f1(groups.content_PGT, groups.content_length_PG)
-    own = self_reward(heads, groups, mean_entropy_PG, vocab_size, evaluator.uncertainty_weight)
-    intrinsic = intrinsic_reward(groups, states, mean_logprob_PG.detach(), f1_PGG, evaluator.principles)
+    f1_PGG = token_f1(groups.content_PGT, groups.content_length_PG, weight_V)
+    own = self_reward(heads, groups, mean_entropy_PG, len(weight_V), evaluator.uncertainty_weight)
+    said_PG = content_logprob(scores.logprob_N.detach(), batch, weight_V)
+    vote_PGG = sibling_votes(said_PG, groups.content_length_PG, evaluator.vote_sharpness)
+    intrinsic = intrinsic_reward(groups, states, mean_logprob_PG.detach(), f1_PGG, vote_PGG, evaluator)
     self_PG = own.total(omega_3)
     used_PG = used_reward(self_PG.detach(), intrinsic.total_PG, coefficients.tau)
     if objective.advantage == "none":  # the paper's A = R has no z-score
@@ -228,6 +263,18 @@ def head_losses(
     )
 
 
+def meta_loss(scored: ScoredGroups, kind: Literal["centred", "paper"], counts: GlobalCounts) -> Tensor:
+    """Equations 4 and 11: how far R_self is from R_intrinsic.
+
+    Only differences within a group reach an advantage. As printed, though, most of the distance is the level, which any
+    term can match: then ω goes to the terms that are easiest to predict, not to those that tell siblings apart.
+    """
+    distance_PG = scored.self_PG - scored.intrinsic.total_PG
+    if kind == "centred":
+        distance_PG = distance_PG - distance_PG.mean(1, keepdim=True)
+    return distance_PG.square().sum() / counts.responses
+
+
 def corpus_loss(logprob_N: Tensor, batch: MicroBatch, counts: GlobalCounts) -> Tensor:
     """Equation 1 per token."""
     return -(logprob_N * batch.is_corpus_RT.flatten()).sum() / max(counts.corpus_tokens, 1.0)
@@ -260,21 +307,18 @@ def fused_loss(
     states: PooledStates,
     heads: EvaluatorOutput,
     omega_3: Tensor,
-    coefficients: StepCoefficients,
-    counts: GlobalCounts,
-    vocab_size: int,
+    inputs: StepInputs,
     evaluator: EvaluatorConfig,
     objective: ObjectiveConfig,
 ) -> FusedOutput:
     """Equation 2 plus head losses for one micro-batch with groups."""
-    groups = batch.groups
-    assert groups is not None
-    scored = score_groups(scores, states, heads, omega_3, groups, coefficients, vocab_size, evaluator, objective)
+    groups, coefficients, counts = batch.responses, inputs.coefficients, inputs.counts
+    scored = score_groups(scores, states, heads, omega_3, batch, inputs, evaluator, objective)
     weight_N, clipped_N = importance_weights(scores, groups, objective.importance, objective.importance_cap)
     mle = corpus_loss(scores.logprob_N, batch, counts)
     align_psi = generator_loss(scored, scores, weight_N, groups, counts)
     align_phi = evaluator_loss(scored, groups, objective.phi_self_align, counts)
-    meta = (scored.self_PG - scored.intrinsic.total_PG).square().sum() / counts.responses
+    meta = meta_loss(scored, objective.meta_loss, counts)
     heads_loss = head_losses(heads, scored, groups, objective, counts)
     loss = (
         coefficients.alpha * mle + coefficients.beta * (align_psi + align_phi) + coefficients.gamma * meta + heads_loss
@@ -286,6 +330,7 @@ def fused_loss(
         "loss/meta": meta,
         "loss/heads": heads_loss,
         **_reward_sums(scored, states),
+        "responses_with_token": responses_with_token(groups, len(inputs.token_weight_V)),
         **_rollout_sums(scores, groups, weight_N, clipped_N),
     }
     difference_N = (scores.logprob_N.detach() - groups.sampled_logprob_N) * (groups.predicts_N >= 0)
@@ -293,6 +338,17 @@ def fused_loss(
     return FusedOutput(
         loss, {name: value.detach() for name, value in sums.items()}, maxima, reward_terms(scored, evaluator.principles)
     )
+
+
+def responses_with_token(groups: GroupTensors, vocab_size: int) -> Tensor:
+    """In how many of the micro-batch's responses each token occurs, float32 [V]."""
+    position_T = torch.arange(groups.content_PGT.shape[-1], device=groups.content_PGT.device)
+    beyond_PGT = position_T >= groups.content_length_PG.unsqueeze(-1)
+    token_PGT = groups.content_PGT.masked_fill(beyond_PGT, vocab_size).sort(-1).values  # repetitions side by side
+    is_first_PGT = torch.ones_like(token_PGT, dtype=torch.float32)
+    is_first_PGT[..., 1:] = (token_PGT[..., 1:] != token_PGT[..., :-1]).float()
+    counts_V = torch.zeros(vocab_size + 1, device=token_PGT.device)
+    return counts_V.index_add_(0, token_PGT.flatten(), is_first_PGT.flatten())[:-1]
 
 
 def reward_terms(scored: ScoredGroups, principles: Sequence[str]) -> dict[str, Tensor]:
@@ -308,6 +364,7 @@ def reward_terms(scored: ScoredGroups, principles: Sequence[str]) -> dict[str, T
         "self_consistency": intrinsic.self_consistency_PG,
         "coherence": intrinsic.coherence_PG,
         "quality": intrinsic.quality_PG,
+        "certainty": intrinsic.certainty_PG,
         "intrinsic": intrinsic.total_PG,
         "used": scored.used_PG,
         "advantage": scored.advantage_PG,

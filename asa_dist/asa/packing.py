@@ -1,7 +1,7 @@
 """Packs rollouts into rows of the corpus length and marks, token by token, what each position is for.
 
-Every sequence is prompt + response; several share a row, as segments that do not attend to each other. Padding short
-responses beside long corpus rows would waste the step.
+Every sequence is a response behind the phrasing of the prompt that it answers; several share a row, as segments that do
+not attend to each other. Padding short responses beside long corpus rows would waste the step.
 
 Two readings of "response": its *tokens* include a final end-of-text (log-probabilities, entropy, pooled embedding);
 its *content* does not (emptiness, token overlap, n-grams, claims).
@@ -51,6 +51,7 @@ class GroupTensors(_TensorRecord):
     group_size: int
     num_claims: int
     predicts_N: Tensor  # int64: response whose token this position predicts, −1 = none
+    says_N: Tensor  # int64: the same without its end-of-text: response whose content this position predicts
     response_N: Tensor  # int64: response this token belongs to, −1 = none
     prompt_N: Tensor  # int64: response before which this prompt token stands, −1 = none
     claim_N: Tensor  # int64: claim this token belongs to, −1 = none
@@ -63,6 +64,7 @@ class GroupTensors(_TensorRecord):
     finished_PG: Tensor  # bool
     ends_sentence_PG: Tensor  # bool: finished, and the last visible character is . ! ?
     prompt_id_P: Tensor  # int64
+    variant_G: Tensor  # int64: number of the phrasing that sibling g of every group answers
     age_P: Tensor  # float32, steps between the oldest weights used and the ones trained
 
 
@@ -76,6 +78,12 @@ class MicroBatch(_TensorRecord):
     target_RT: Tensor  # int64, next token to predict, IGNORED = none
     is_corpus_RT: Tensor  # bool
     groups: GroupTensors | None  # None: corpus only (evaluation)
+
+    @property
+    def responses(self) -> GroupTensors:
+        """The groups of a micro-batch that has some."""
+        assert self.groups is not None, "a micro-batch of corpus rows alone"
+        return self.groups
 
 
 def content_of(response: Response) -> np.ndarray:
@@ -124,7 +132,7 @@ def _assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One response behind its prompt."""
+    """One response behind the phrasing of its prompt that it answers."""
 
     prompt: np.ndarray
     response: Response
@@ -139,11 +147,12 @@ def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTab
     """Rollout rows alone, as a MicroBatch without corpus rows.
 
     Args:
-        groups: P ≥ 1 groups of equal size, each prompt + response at most ``row_length`` tokens.
+        groups: P ≥ 1 groups of equal size, whose prompts have equally many phrasings; each prompt + response at most
+            ``row_length`` tokens.
         version: the policy version being trained, for the age of each group.
 
     Raises:
-        ValueError: groups of unequal size, or a sequence longer than a row.
+        ValueError: groups of unequal size or of unequal numbers of phrasings, or a sequence longer than a row.
     """
     sequences = _sequences_of(groups, row_length, tables)
     rows = _assign_rows([sequence.num_tokens for sequence in sequences], row_length)
@@ -162,13 +171,16 @@ def _sequences_of(groups: Sequence[RolloutGroup], row_length: int, tables: TextT
     sizes = [len(group.responses) for group in groups]
     if len(set(sizes)) > 1:
         raise ValueError(f"groups of unequal size: {sizes}")
+    phrasings = [len(group.prompt.phrasings) for group in groups]
+    if len(set(phrasings)) > 1:
+        raise ValueError(f"prompts with unequal numbers of phrasings: {phrasings}")
     sequences = []
     for group in groups:
-        for response in group.responses:
+        for sibling, response in enumerate(group.responses):
             content = content_of(response)
             whole = [(0, len(content))] if len(content) else []
             claims = claim_spans(content, tables.claim_end_V) or whole
-            sequences.append(_Sequence(group.prompt.token_ids, response, claims))
+            sequences.append(_Sequence(group.prompt.tokens_for(sibling), response, claims))
     longest = max(sequence.num_tokens for sequence in sequences)
     if longest > row_length:
         raise ValueError(f"a rollout of {longest} tokens does not fit a row of {row_length}")
@@ -178,7 +190,7 @@ def _sequences_of(groups: Sequence[RolloutGroup], row_length: int, tables: TextT
 def _lay_out(sequences: Sequence[_Sequence], rows: Sequence[Sequence[int]], row_length: int) -> dict[str, np.ndarray]:
     """Arrays [R, T]: what stands at each position, and what it is for."""
     fills = {"input_ids": 0, "position_ids": 0, "segment": -1, "target": IGNORED}
-    fills |= {"predicts": -1, "response": -1, "prompt": -1, "claim": -1}
+    fills |= {"predicts": -1, "says": -1, "response": -1, "prompt": -1, "claim": -1}
     shape = (len(rows), row_length)
     marks = {name: np.full(shape, fill, dtype=np.int64) for name, fill in fills.items()}
     marks |= {name: np.zeros(shape, dtype=np.float32) for name in ("behaviour_logprob", "sampled_logprob")}
@@ -198,6 +210,7 @@ def _lay_out(sequences: Sequence[_Sequence], rows: Sequence[Sequence[int]], row_
             predicting = (row, slice(begin - 1, end - 1))
             marks["target"][predicting] = response.token_ids
             marks["predicts"][predicting] = index
+            marks["says"][row, begin - 1 : begin - 1 + len(content_of(response))] = index
             marks["behaviour_logprob"][predicting] = response.behaviour_logprob_T
             marks["sampled_logprob"][predicting] = response.logprob_T
             start = end
@@ -229,6 +242,7 @@ def _group_tensors(
         group_size=len(groups[0].responses),
         num_claims=sum(num_claims),
         predicts_N=per_position("predicts"),
+        says_N=per_position("says"),
         response_N=per_position("response"),
         prompt_N=per_position("prompt"),
         claim_N=per_position("claim"),
@@ -241,6 +255,7 @@ def _group_tensors(
         finished_PG=per_response([response.finished for response in responses]),
         ends_sentence_PG=per_response([_ends_sentence(response, tables) for response in responses]),
         prompt_id_P=torch.tensor([group.prompt.prompt_id for group in groups]),
+        variant_G=torch.tensor([groups[0].prompt.variant_of(sibling) for sibling in range(len(groups[0].responses))]),
         age_P=torch.tensor([float(version - group.oldest_version) for group in groups]),
     )
 
@@ -271,6 +286,7 @@ def join(corpus: MicroBatch, rollouts: MicroBatch) -> MicroBatch:
         name: shifted(getattr(groups, name), fill)
         for name, fill in (
             ("predicts_N", -1),
+            ("says_N", -1),
             ("response_N", -1),
             ("prompt_N", -1),
             ("claim_N", -1),

@@ -7,6 +7,7 @@ would update it twice), the loop does, once per step, from all-reduced sums, the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from asa_dist.config import EvaluatorConfig
 
 STD_FLOOR = 0.05  # of z-scores and of group-normalised advantages
 TIE_TOLERANCE = 1e-6
+MIN_TOKEN_SHARE = 1e-3  # of responses: rarer tokens are as informative as this
+MIN_TOKEN_WEIGHT = 1e-6  # of a token in every response: equal texts overlap fully, whatever they consist of
 MIN_RANKABLE_STD = 1e-3  # groups flatter than this have no order to compare
 
 
@@ -69,6 +72,8 @@ class StepSummary:
     pooled_sum_H: Tensor  # of uncentred response means
     pooled_square_sum: float  # of squared norms of centred response means
     num_pooled: float
+    responses_with_V: Tensor  # in how many responses each token occurs
+    num_responses: float
 
 
 class AlignmentState(nn.Module):
@@ -84,8 +89,10 @@ class AlignmentState(nn.Module):
     square_sum: Tensor
     center_weight: Tensor
     mean_weight: Tensor
+    token_share_V: Tensor
+    token_share_weight: Tensor
 
-    def __init__(self, config: EvaluatorConfig, hidden_size: int):
+    def __init__(self, config: EvaluatorConfig, hidden_size: int, vocab_size: int):
         super().__init__()
         self.config = config
         self.register_buffer("rho", torch.zeros((), dtype=torch.float64))
@@ -98,11 +105,14 @@ class AlignmentState(nn.Module):
         self.register_buffer("center_sum_H", torch.zeros(hidden_size))
         self.register_buffer("square_sum", torch.zeros((), dtype=torch.float64))
         self.register_buffer("center_weight", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("token_share_V", torch.zeros(vocab_size))
+        self.register_buffer("token_share_weight", torch.zeros((), dtype=torch.float64))
 
     @property
     def tau(self) -> float:
         """τ for the next step."""
-        return 1.0 if self.config.trust == "always" else min(1.0, max(0.0, float(self.rho)))
+        fixed = {"always": 1.0, "never": 0.0}
+        return fixed.get(self.config.trust, min(1.0, max(0.0, float(self.rho))))
 
     @property
     def aligning(self) -> bool:
@@ -117,6 +127,19 @@ class AlignmentState(nn.Module):
         """1 / root mean square norm of centred response states; 1 before the first step."""
         mean_square = float(self.square_sum) / max(float(self.center_weight), 1e-12)
         return mean_square**-0.5 if mean_square > 0 else 1.0
+
+    def token_weights(self) -> Tensor:
+        """What each token counts when siblings are compared, float32 [V], at most 1; 1 before the first step.
+
+        A token says the more, the fewer responses (to all prompts) contain it: its weight is the square of its inverse
+        document frequency in the model's own recent responses. So siblings agree when they say the same thing, not
+        when they put it the same way, and wording that spreads loses weight.
+        """
+        if self.config.token_weights == "uniform" or self.token_share_weight == 0:
+            return torch.ones_like(self.token_share_V)
+        share_V = self.token_share_V / self.token_share_weight.float()
+        information_V = share_V.clamp(min=MIN_TOKEN_SHARE, max=1.0).log() / math.log(MIN_TOKEN_SHARE)
+        return information_V.square().clamp(min=MIN_TOKEN_WEIGHT)
 
     def progress(self) -> Tensor:
         """Features of the meta-optimizer, float32 [5]."""
@@ -148,3 +171,7 @@ class AlignmentState(nn.Module):
             )
             self.square_sum.mul_(decay).add_((1 - decay) * summary.pooled_square_sum / summary.num_pooled)
             self.center_weight.mul_(decay).add_(1 - decay)
+        share_decay = config.token_share_decay
+        share_V = (summary.responses_with_V / summary.num_responses).to(self.token_share_V)
+        self.token_share_V.mul_(share_decay).add_((1 - share_decay) * share_V)
+        self.token_share_weight.mul_(share_decay).add_(1 - share_decay)

@@ -1,12 +1,12 @@
 """The `hf` engine: batched decoding with a KV cache around any transformers causal language model.
 
-    prefill        the P prompts once, left-padded            cache of P rows
-    repeat         each row G times                           cache of B = P·G rows, row b = prompt b // G
+    prefill        every phrasing once, left-padded           cache of Q = P·K rows
+    repeat         the row that each response continues       cache of B = P·G rows, row b = prompt b // G
     decode         one token per row and step                 record token and two log-probs, never [B, steps, V]
     compact        when half of the rows have ended, drop those from the batch
 
-Shapes: P prompts, N longest prompt, G responses per prompt, B rows still in the batch, V vocabulary,
-R = P·G responses, T = max_new_tokens.
+Shapes: P prompts of K phrasings, Q = P·K, N longest phrasing, G responses per prompt, B rows still in the batch,
+V vocabulary, R = P·G responses, T = max_new_tokens.
 """
 
 from __future__ import annotations
@@ -115,24 +115,25 @@ class HfEngine:
         return self._responses(len(prompts), token_RT, logprob_RT, behaviour_RT)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[_Batch, Tensor]:
-        """One forward over the left-padded prompts; then every row G times. Returns float logits [B, V] as well."""
+        """One forward over the left-padded phrasings; then a row per response. Returns float logits [B, V] as well."""
         from transformers import DynamicCache
 
         repeats = self._sampling.rollout.responses_per_prompt
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        token_PN = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        mask_PN = torch.zeros_like(token_PN)
-        for row, prompt in enumerate(prompts):
-            length = len(prompt.token_ids)
-            token_PN[row, longest - length:] = torch.tensor(prompt.token_ids, dtype=torch.int64)
-            mask_PN[row, longest - length:] = 1
-        token_PN, mask_PN = token_PN.to(self._device), mask_PN.to(self._device)
+        phrasings = [token_ids for prompt in prompts for token_ids in prompt.phrasings]
+        longest = max(map(len, phrasings))
+        token_QN = torch.zeros(len(phrasings), longest, dtype=torch.int64)
+        mask_QN = torch.zeros_like(token_QN)
+        for row, token_ids in enumerate(phrasings):
+            token_QN[row, longest - len(token_ids):] = torch.tensor(token_ids, dtype=torch.int64)
+            mask_QN[row, longest - len(token_ids):] = 1
+        token_QN, mask_QN = token_QN.to(self._device), mask_QN.to(self._device)
         cache = DynamicCache(config=self._model.config)
-        logits_PV = self._model(
-            input_ids=token_PN, attention_mask=mask_PN, position_ids=(mask_PN.cumsum(-1) - 1).clamp(min=0),
+        logits_QV = self._model(
+            input_ids=token_QN, attention_mask=mask_QN, position_ids=(mask_QN.cumsum(-1) - 1).clamp(min=0),
             past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        cache.batch_repeat_interleave(repeats)
-        mask_BN = mask_PN.repeat_interleave(repeats, dim=0)
+        phrasing_B = torch.tensor(_phrasing_of_each_response(prompts, repeats), device=self._device)
+        cache.batch_select_indices(phrasing_B)
+        mask_BN = mask_QN[phrasing_B]
         epoch_P, prompt_id_P = (torch.tensor([getattr(prompt, name) for prompt in prompts], device=self._device)
                                 for name in ("epoch", "prompt_id"))
         key_B = sampling_keys(self._sampling.seed, epoch_P.repeat_interleave(repeats),
@@ -140,7 +141,7 @@ class HfEngine:
                               torch.arange(repeats, device=self._device).repeat(len(prompts)))
         row_B = torch.arange(len(mask_BN), device=self._device)
         batch = _Batch(row_B, key_B, mask_BN.sum(-1), mask_BN, torch.zeros_like(row_B, dtype=torch.bool), cache)
-        return batch, logits_PV.repeat_interleave(repeats, dim=0)
+        return batch, logits_QV[phrasing_B]
 
     def _decode(self, batch: _Batch, token_B: Tensor, position: int) -> Tensor:
         """Feeds the token at ``position`` of every response; returns the logits [B, V] of the next one."""
@@ -164,3 +165,13 @@ class HfEngine:
                 behaviour_logprob_T=behaviour_T[:length].copy(), finished=len(ends) > 0,
                 spans=((0, self.version),)))
         return [tuple(responses[p * repeats:(p + 1) * repeats]) for p in range(num_prompts)]
+
+
+def _phrasing_of_each_response(prompts: Sequence[Prompt], num_responses: int) -> list[int]:
+    """Place, in the list of all prompts' phrasings, of the one that each of their responses continues."""
+    places: list[int] = []
+    first = 0
+    for prompt in prompts:
+        places += [first + prompt.variant_of(sibling) for sibling in range(num_responses)]
+        first += len(prompt.phrasings)
+    return places

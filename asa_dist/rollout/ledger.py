@@ -206,7 +206,7 @@ class Ledger:
         expected = [(lease.step, lease.first_index + i, *_identity(p)) for i, p in enumerate(lease.prompts)]
         found = [(group.step, group.index, *_identity(group.prompt)) for group in groups]
         if found != expected:
-            return f"(step, index, epoch, prompt id) are {found}, leased were {expected}"
+            return f"(step, index, epoch, prompt id, phrasings) are {found}, leased were {expected}"
         return next((problem for group in groups if (problem := self._problem_of_group(group)) is not None), None)
 
     def _problem_of_group(self, group: RolloutGroup) -> str | None:
@@ -234,5 +234,6 @@ def _bundles(indices: Sequence[int], groups_per_lease: int) -> list[range]:
     return bundles
 
 
-def _identity(prompt: Prompt) -> tuple[int, int]:
-    return prompt.epoch, prompt.prompt_id
+def _identity(prompt: Prompt) -> tuple[int, int, int]:
+    """What makes two prompts the same: their tokens follow from these, the run's data and its seed."""
+    return prompt.epoch, prompt.prompt_id, len(prompt.phrasings)

@@ -2,7 +2,8 @@
 
     token arrays     prompt_tokens int32 · response_tokens int32 · logprob float32 · behaviour_logprob float32,
                      each the concatenation over all open steps, in order
-    header, JSON     which prompts and groups there are, and how long each one's piece of the arrays is
+    header, JSON     which prompts and groups there are, and how long the pieces of the arrays are: one per phrasing of
+                     a prompt, one per response of a group
 
 A group's prompt is the step's prompt at its index: it is kept once. Bytes are checked for being complete and coherent,
 not for flipped bits: those are the business of the checkpoint's checksums.
@@ -30,14 +31,14 @@ def dump_snapshot(snapshot: LedgerSnapshot) -> bytes:
     prompts = [prompt for step in snapshot.steps for prompt in step.prompts]
     responses = [response for step in snapshot.steps for group in step.groups for response in group.responses]
     arrays = {
-        "prompt_tokens": _join((p.token_ids for p in prompts), np.int32),
+        "prompt_tokens": _join((tokens for p in prompts for tokens in p.phrasings), np.int32),
         "response_tokens": _join((r.token_ids for r in responses), np.int32),
         "logprob": _join((r.logprob_T for r in responses), np.float32),
         "behaviour_logprob": _join((r.behaviour_logprob_T for r in responses), np.float32),
     }
     structure = {"next_step": snapshot.next_step, "steps": [
         {"step": step.step,
-         "prompts": [[p.prompt_id, p.epoch, len(p.token_ids)] for p in step.prompts],
+         "prompts": [[p.prompt_id, p.epoch, *map(len, p.phrasings)] for p in step.prompts],
          "groups": [[g.index, [[len(r.token_ids), r.finished, r.spans] for r in g.responses]] for g in step.groups]}
         for step in snapshot.steps]}
     return save(arrays, {FORMAT: json.dumps(structure, separators=(",", ":"))})
@@ -87,12 +88,15 @@ def _parse(structure: dict[str, Any], readers: dict[str, _Reader]) -> LedgerSnap
 
 
 def _parse_step(step: dict[str, Any], readers: dict[str, _Reader]) -> OpenStep:
-    prompts = tuple(Prompt(prompt_id, epoch, readers["prompt_tokens"].next(length))
-                    for prompt_id, epoch, length in step["prompts"])
+    prompts = tuple(_parse_prompt(readers["prompt_tokens"], *prompt) for prompt in step["prompts"])
     groups = tuple(
         RolloutGroup(step["step"], index, prompts[index], tuple(_parse_response(readers, *r) for r in responses))
         for index, responses in step["groups"])
     return OpenStep(step["step"], prompts, groups)
+
+
+def _parse_prompt(reader: _Reader, prompt_id: int, epoch: int, length: int, *variant_lengths: int) -> Prompt:
+    return Prompt(prompt_id, epoch, reader.next(length), tuple(map(reader.next, variant_lengths)))
 
 
 def _parse_response(readers: dict[str, _Reader], length: int, finished: bool, spans: list[list[int]]) -> Response:

@@ -28,6 +28,7 @@ from asa_dist.config import OptimizerConfig, TrainConfig
 from asa_dist.runtime.gradients import clip_by_part, no_update
 from asa_dist.runtime.model import PHI, PSI, XI, AsaModel, named_parts
 from asa_dist.runtime.nonfinite import count_nonfinite, find_nonfinite, skip_reason
+from asa_dist.runtime.theory import StepObserver
 
 PARTS = [PSI, PHI, XI]
 
@@ -254,6 +255,20 @@ class TrainEngine:
         reason, prompt_ids = skip_reason(found, norms)
         return replace(result, skipped_because=reason, skipped_prompt_ids=prompt_ids)
 
+    def observed_step(
+        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
+    ) -> StepResult:
+        """``train_step``, and among its maxima what the theorems are about: see ``StepObserver.watch``."""
+        observer = StepObserver(
+            self.engine.module,
+            self.optimizer,
+            self.placement.rank,
+            self.placement.num_ranks,
+            lambda: self.shards(PHI),
+            self.sum_over_ranks,
+        )
+        return observer.watch(lambda: self.train_step(batches, inputs, learning_rates), batches)
+
     @torch.no_grad()
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
         """This rank's share of the mean corpus loss (evaluation). A collective: every rank calls it equally often."""
@@ -284,21 +299,26 @@ class TrainEngine:
             return torch.cuda.max_memory_allocated(self.placement.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    # --- publishing --------------------------------------------------------------------------------------------
+    # --- shards ------------------------------------------------------------------------------------------------
     def generator_shards(self) -> Iterator[Tensor]:
-        """This rank's flat piece of every ψ tensor, in the order of ``generator_shapes``; no collective.
+        """This rank's flat piece of every ψ tensor, in the order of ``generator_shapes``; no collective."""
+        return self.shards(PSI)
 
-        Stage 3: the partition ZeRO holds anyway. Stages 0–2: the rank's slice of the whole parameter, unpadded.
+    def shards(self, part: str) -> Iterator[Tensor]:
+        """This rank's flat piece of every tensor of a part, unpadded, in the dtype it computes with.
+
+        Stage 3: the partition ZeRO holds anyway. Stages 0–2: the rank's slice of the whole parameter.
         """
-        rank, num_ranks = self.placement.rank, self.placement.num_ranks
-        for part, _, parameter in named_parts(self.engine.module):
-            if part != PSI:
+        for owner, _, parameter in named_parts(self.engine.module):
+            if owner != part:
                 continue
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            size = -(-numel // self.placement.num_ranks)
+            start = self.placement.rank * size
             if self._zero_stage == 3:
-                yield parameter.ds_tensor.detach().flatten()  # type: ignore[attr-defined]  # ZeRO-3 adds it
+                yield parameter.ds_tensor.detach().flatten()[: max(0, numel - start)]  # type: ignore[attr-defined]
             else:
-                size = -(-parameter.numel() // num_ranks)
-                yield parameter.detach().flatten()[rank * size : (rank + 1) * size]
+                yield parameter.detach().flatten()[start : start + size]
 
     def close(self) -> None:
         """Gives back what DeepSpeed holds; call once, at the end. The process group stays."""

@@ -1,4 +1,7 @@
-"""Where a run's results go: metrics.jsonl, samples.jsonl, trained.jsonl, events.jsonl; one line for whoever watches."""
+"""Where a run's results go: metrics.jsonl, samples.jsonl, trained.jsonl, events.jsonl; one line for whoever watches.
+
+wandb_log.py reads these files.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asa_dist.config import MetricsConfig
-from asa_dist.records import RolloutGroup
+from asa_dist.records import Prompt, RolloutGroup
 from asa_dist.runtime.run_log import EVENT_LOG, STEP_LOGS, RunLog
+from asa_dist.runtime.wandb_log import WandbProcess
 
 
 class ProgressLine:
@@ -100,6 +104,7 @@ class RunRecorder:
         self._logs = {name: RunLog(run_dir / f"{name}.jsonl") for name in (*STEP_LOGS, EVENT_LOG)}
         self._delayed: set[str] = set()  # logs whose rows wait
         self._delayed_lock = threading.Lock()
+        self._wandb = WandbProcess(run_dir, config, progress.say) if config.wandb != "disabled" else None
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         self._tell_of_delay(name, self._logs[name].append(row))
@@ -141,6 +146,8 @@ class RunRecorder:
         self._append("metrics", {name: value if math.isfinite(value) else None for name, value in values.items()})
         self._progress.show(values)
         self._warn_of_disagreement(values)
+        if self._wandb is not None:
+            self._wandb.look()
 
     def _warn_of_disagreement(self, values: dict[str, float]) -> None:
         """Rollouts of the very weights that are trained must have the trainer's log-probabilities."""
@@ -169,9 +176,8 @@ class RunRecorder:
         self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
     ) -> None:
         """The first groups of this rank's first micro-batch, with every reward term."""
-        for place, group in enumerate(
-            groups[: min(self._config.sample_groups, next(iter(terms[0].values())).shape[0])]
-        ):
+        num_groups = min(self._config.sample_groups, next(iter(terms[0].values())).shape[0])
+        for place, group in enumerate(groups[:num_groups]):
             self._append(
                 "samples",
                 {
@@ -181,6 +187,7 @@ class RunRecorder:
                     "prompt": self._decode(group.prompt.token_ids.tolist()),
                     "responses": [
                         {
+                            **self._own_prompt(group.prompt, index),
                             "text": self._decode(response.token_ids.tolist()),
                             "finished": response.finished,
                             "version": response.oldest_version,
@@ -191,6 +198,10 @@ class RunRecorder:
                 },
             )
 
+    def _own_prompt(self, prompt: Prompt, sibling: int) -> dict[str, str]:
+        """The phrasing that a response answers, where there are several."""
+        return {"prompt": self._decode(prompt.tokens_for(sibling).tolist())} if prompt.variants else {}
+
     def close(self) -> None:
         """Writes what waits; what still cannot be written is lost, and said."""
         self.sync()
@@ -198,6 +209,8 @@ class RunRecorder:
             if log.num_pending:
                 self._progress.say(f"asa: warning: {log.path}: {log.num_pending} lines could not be written")
             log.close()
+        if self._wandb is not None:
+            self._wandb.close()
         self._progress.close()
 
 

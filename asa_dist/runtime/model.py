@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from asa_dist.asa.heads import Evaluator, MetaOptimizer
 from asa_dist.asa.objective import FusedOutput, StepInputs, TokenScores, corpus_loss, fused_loss
-from asa_dist.asa.packing import IGNORED, MicroBatch
+from asa_dist.asa.packing import IGNORED, GroupTensors, MicroBatch
+from asa_dist.asa.rewards import self_reward
 from asa_dist.asa.states import pool_states
 from asa_dist.config import ArchitectureConfig, Config, EvaluatorConfig, ModelConfig, ObjectiveConfig
 from asa_kernels import token_logprob
@@ -102,12 +104,26 @@ class AsaModel(nn.Module):
             states,
             heads,
             self.meta(inputs.progress_F),
-            inputs.coefficients,
-            inputs.counts,
-            self.vocab_size,
+            inputs,
             self._evaluator_config,
             self._objective_config,
         )
+
+    def self_reward(
+        self, evaluated: tuple[Any, ...], groups: GroupTensors, uncertainty_PG: Tensor, omega_3: Tensor
+    ) -> Tensor:
+        """R_self [P, G] with φ as it is now, of responses that a forward has scored before (to observe, not to train).
+
+        It calls no module, so that ZeRO-3 does not take it for another forward: φ has to be gathered around it.
+
+        Args:
+            evaluated: the evaluator's arguments in that forward.
+            uncertainty_PG, omega_3: what ψ and ξ contributed to that forward's R_self.
+        """
+        heads = self.evaluator.forward(*evaluated)
+        mean_entropy_PG = uncertainty_PG * math.log(self.vocab_size)
+        weight = self._evaluator_config.uncertainty_weight
+        return self_reward(heads, groups, mean_entropy_PG, self.vocab_size, weight).total(omega_3)
 
     def token_scores(self, batch: MicroBatch, final_NH: Tensor) -> TokenScores:
         """Log-probabilities and entropies of the batch's targets."""

@@ -24,6 +24,7 @@ from asa_dist.rollout.engine import SamplingConfig
 from asa_dist.rollout.hf_engine import HfEngine
 from asa_dist.runtime.engine import PARTS, parameter_groups
 from asa_dist.runtime.model import PSI, AsaModel, named_parts
+from asa_dist.runtime.theory import StepObserver
 from tests.asa import worlds
 from tests.distributed import tiny
 
@@ -56,6 +57,15 @@ class LocalEngine:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return dataclasses.replace(result, skipped_because="the loss" if is_bad else "")
+
+    def observed_step(
+        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
+    ) -> StepResult:
+        def phi() -> list[Tensor]:
+            return [parameter.detach() for parameter in self.model.evaluator.parameters()]
+
+        observer = StepObserver(self.model, self.optimizer, 0, 1, phi, self.sum_over_ranks)
+        return observer.watch(lambda: self.train_step(batches, inputs, learning_rates), batches)
 
     @torch.no_grad()
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
@@ -183,7 +193,7 @@ def local_run(config: Config, folder: Path) -> LocalRun:
     checkpoints = KeptCheckpoints(model, config.checkpoint.every_steps)
     loop = AsaLoop(
         config=config, rank=0, num_ranks=1, device=torch.device("cpu"), tables=worlds.TABLES,
-        state=AlignmentState(config.evaluator, config.model.architecture.hidden_size),
+        state=AlignmentState(config.evaluator, config.model.architecture.hidden_size, model.vocab_size),
         engine=engine, corpus=LocalCorpus(config), rollouts=rollouts, recorder=recorder,
         checkpoints=checkpoints, learning_rates=lambda step: dict.fromkeys(PARTS, 1e-3), stop_code=lambda: 0,
     )

@@ -48,8 +48,18 @@ __all__ = [
 
 
 # --- trust and advantages --------------------------------------------------------------------------------------
+def tau_of(earned: float, config: RefConfig) -> float:
+    if config.trust == "always":
+        return 1.0
+    if config.trust == "never":
+        return 0.0
+    if config.trust == "earned":
+        return earned
+    raise ValueError(f"unknown trust {config.trust!r}")
+
+
 def set_advantages(terms: list[RefTerms], state: RefState, config: RefConfig) -> None:
-    tau = 1.0 if config.trust == "always" else state.tau
+    tau = tau_of(state.tau, config)
     self_z, intrinsic_z = z_scores([t.self_reward for t in terms]), z_scores([t.intrinsic for t in terms])
     for i, term in enumerate(terms):
         term.used = tau * self_z[i] + (1 - tau) * intrinsic_z[i]
@@ -131,6 +141,19 @@ def phi_loss(groups: list[RefGroup], terms: list[list[RefTerms]], config: RefCon
     return mean(products)
 
 
+def meta_loss(terms: list[list[RefTerms]], config: RefConfig) -> float:
+    """(4), (11)"""
+    squares = []
+    for group in terms:
+        distances = [term.self_reward - term.intrinsic for term in group]
+        if config.meta_loss == "centred":
+            distances = [distance - mean(distances) for distance in distances]
+        elif config.meta_loss != "paper":
+            raise ValueError(f"unknown meta_loss {config.meta_loss!r}")
+        squares += [distance**2 for distance in distances]
+    return mean(squares)
+
+
 def principle_loss(terms: list[RefTerms], contents: list[list[int]], config: RefConfig) -> float:
     present = [term for term, content in zip(terms, contents, strict=True) if content]
     return sum(mean([(t.behaviour_scores[name] - t.signals[name]) ** 2 for t in present]) for name in config.principles)
@@ -161,7 +184,7 @@ def reference_step(
         mle=-mean(corpus_logprobs),
         self_align_psi=psi_loss(groups, terms),
         self_align_phi=phi_loss(groups, terms, config),
-        meta=mean([(t.self_reward - t.intrinsic) ** 2 for t in every_term]),
+        meta=meta_loss(terms, config),
         embedding=mean([(pair.cosine - pair.f1) ** 2 for pair in pairs]),
         indicator=mean([binary_cross_entropy(pair.indicator_logit, pair.f1) for pair in pairs]),
         principles=principle_loss(every_term, every_content, config),
@@ -178,5 +201,11 @@ def reference_step(
     )
     correlations, rho = trust_after(terms, state, config)
     return RefResult(
-        terms, omega_of(params, state, config), correlations, rho, tau=min(max(rho, 0.0), 1.0), losses=losses
+        terms,
+        omega_of(params, state, config),
+        correlations,
+        rho,
+        tau=tau_of(min(max(rho, 0.0), 1.0), config),
+        token_share=np.array([mean([v in content for content in every_content]) for v in range(tables.vocab_size)]),
+        losses=losses,
     )

@@ -11,6 +11,7 @@ import numpy as np
 STD_FLOOR = 0.05  # of z-scores and of group-normalised advantages
 MIN_SPEARMAN_STD = 1e-3
 MIN_CLAIM_TOKENS = 3
+MIN_TOKEN_SHARE, MAX_TOKEN_SHARE, MIN_TOKEN_WEIGHT = 1e-3, 1.0, 1e-6
 TIE = 1e-9  # rewards this close are equal: sums of the same numbers in another order differ in their last bits
 
 
@@ -66,11 +67,31 @@ def z_scores(values: Sequence[float]) -> list[float]:
 
 
 # --- text ------------------------------------------------------------------------------------------------------
-def token_f1(a: list[int], b: list[int]) -> float:
-    overlap = sum((Counter(a) & Counter(b)).values())
+def token_weights(share_history: Sequence[np.ndarray], decay: float, vocab_size: int) -> np.ndarray:
+    """[V]: how informative each token is, from the share of responses that contained it in every step so far.
+
+    A step n steps before the last counts decayⁿ.
+    """
+    if not share_history:
+        return np.ones(vocab_size)
+    weights = []
+    for token in range(vocab_size):
+        share, total = 0.0, 0.0
+        for age, share_V in enumerate(reversed(share_history)):
+            share += decay**age * float(share_V[token])
+            total += decay**age
+        bounded = min(max(share / total, MIN_TOKEN_SHARE), MAX_TOKEN_SHARE)
+        weights.append(max((math.log(bounded) / math.log(MIN_TOKEN_SHARE)) ** 2, MIN_TOKEN_WEIGHT))
+    return np.array(weights)
+
+
+def token_f1(a: list[int], b: list[int], weight_V: np.ndarray) -> float:
+    left, right = Counter(a), Counter(b)
+    overlap = sum(float(weight_V[token]) * min(left[token], right[token]) for token in left)
     if overlap == 0:
         return 0.0
-    precision, recall = overlap / len(a), overlap / len(b)
+    precision = overlap / sum(float(weight_V[token]) for token in a)
+    recall = overlap / sum(float(weight_V[token]) for token in b)
     return 2 * precision * recall / (precision + recall)
 
 

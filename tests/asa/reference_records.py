@@ -12,6 +12,8 @@ def _as_float64(record: object) -> None:
     for name, value in vars(record).items():
         if isinstance(value, np.ndarray | np.floating):
             setattr(record, name, value.astype(np.float64))
+        elif isinstance(value, list) and value and isinstance(value[0], np.ndarray):
+            setattr(record, name, [array.astype(np.float64) for array in value])
 
 
 @dataclass
@@ -33,6 +35,7 @@ class RefResponse:
 class RefGroup:
     prompt_middle: np.ndarray  # [N, H]
     responses: list[RefResponse]
+    variants_middle: list[np.ndarray] = field(default_factory=list)  # [N, H] each: the prompt's other phrasings
 
     def __post_init__(self) -> None:
         _as_float64(self)
@@ -67,6 +70,7 @@ class RefState:
     tau: float
     rho: float = 0.0  # ρ̄
     warming_up: bool = False  # β counts as 0
+    share_history: list[np.ndarray] = field(default_factory=list)  # per step so far, [V]: see RefResult.token_share
 
     def __post_init__(self) -> None:
         _as_float64(self)
@@ -80,6 +84,12 @@ class RefConfig:
     uncertainty_weight: float = 0.5
     omega_floor: float = 0.05
     principles: tuple[str, ...] = ("relevance", "non_repetition", "completeness", "fluency")
+    token_weights: str = "informative"
+    token_share_decay: float = 0.98
+    vote_sharpness: float = 4.0
+    intrinsic: dict[str, float] = field(
+        default_factory=lambda: {"self_consistency": 1.0, "coherence": 1.0, "quality": 1.0, "certainty": 0.0}
+    )
     trust: str = "earned"
     trust_decay: float = 0.95
     warmup_rho: float = 0.3
@@ -88,6 +98,7 @@ class RefConfig:
     alpha: float = 0.5
     beta: float = 0.4
     gamma: float = 0.1
+    meta_loss: str = "centred"
     advantage: str = "group_norm"
     phi_self_align: str = "centred"
     importance: str = "token"
@@ -121,6 +132,7 @@ class RefTerms:
     coherence: float = 0.0
     signals: dict[str, float] = field(default_factory=dict)
     quality: float = 0.0
+    certainty: float = 0.0
     intrinsic: float = 0.0
     self_reward: float = 0.0
     used: float = 0.0  # R_used, of z-scores
@@ -147,4 +159,5 @@ class RefResult:
     correlations: dict[int, float]  # Spearman, by index of the valid groups
     rho: float  # ρ̄ after the step
     tau: float  # for the next step
+    token_share: np.ndarray  # [V], share of this step's responses whose content has the token
     losses: RefLosses

@@ -17,6 +17,7 @@ from tests.asa.reference_parts import (
     sigmoid,
     softmax,
     token_f1,
+    token_weights,
 )
 from tests.asa.reference_records import RefConfig, RefGroup, RefParams, RefResponse, RefState, RefTables, RefTerms
 
@@ -58,6 +59,43 @@ def claim_coherence(response: RefResponse, claims: list[tuple[int, int]], state:
     return mean([cosine(a, b) for a, b in itertools.pairwise(claims_H)]) if len(claims) > 1 else None
 
 
+def weights_of(state: RefState, config: RefConfig, tables: RefTables) -> np.ndarray:
+    """What each token counts in this step, [V]: from the responses of the steps before."""
+    if config.token_weights == "uniform":
+        return np.ones(tables.vocab_size)
+    if config.token_weights == "informative":
+        return token_weights(state.share_history, config.token_share_decay, tables.vocab_size)
+    raise ValueError(f"unknown token_weights {config.token_weights!r}")
+
+
+def vote_of(response: RefResponse, content: list[int], weight_V: np.ndarray, sharpness: float) -> float:
+    """What a response's word counts when its siblings are judged; end-of-text says nothing."""
+    if not content:
+        return 0.0
+    surety, total = 0.0, 1.0  # one token more, of probability 1
+    for token, logprob in zip(content, response.logprob, strict=False):
+        surety += float(weight_V[token]) * float(logprob)
+        total += float(weight_V[token])
+    return math.exp(sharpness * surety / total)
+
+
+def prompt_of(group: RefGroup, sibling: int) -> np.ndarray:
+    """States of the phrasing that a sibling answers: they take turns."""
+    phrasings = [group.prompt_middle, *group.variants_middle]
+    return phrasings[sibling % len(phrasings)]
+
+
+def weighted_intrinsic(term: RefTerms, weights: dict[str, float]) -> float:
+    """(12), with weights"""
+    values = {
+        "self_consistency": term.self_consistency,
+        "coherence": term.coherence,
+        "quality": term.quality,
+        "certainty": term.certainty,
+    }
+    return sum(weights[name] * value for name, value in values.items()) / sum(weights[name] for name in values)
+
+
 def signals_of(
     response: RefResponse, prompt_middle: np.ndarray, state: RefState, config: RefConfig, tables: RefTables
 ) -> dict[str, float]:
@@ -95,6 +133,11 @@ def group_terms(
     contents = [content_of(response, tables) for response in group.responses]
     present = [i for i, content in enumerate(contents) if content]
     num_siblings = len(group.responses) - 1
+    weight_V = weights_of(state, config, tables)
+    votes = [
+        vote_of(response, content, weight_V, config.vote_sharpness)
+        for response, content in zip(group.responses, contents, strict=True)
+    ]
     omega = omega_of(params, state, config)
     terms = [
         RefTerms(behaviour_scores=dict.fromkeys(config.principles, 0.0), signals=dict.fromkeys(config.principles, 0.0))
@@ -104,14 +147,15 @@ def group_terms(
     embeddings = {i: embedding_of(group.responses[i], params, state, config) for i in present}
     pairs: list[RefPair] = []
     for i in present:
+        others = sum(votes[:i]) + sum(votes[i + 1 :])
         for j in present:
             if i == j:
                 continue
             logit = float(params.w_left_D @ embeddings[i] + params.w_right_D @ embeddings[j]) + params.bias
-            pair = RefPair(cosine(embeddings[i], embeddings[j]), logit, token_f1(contents[i], contents[j]))
+            pair = RefPair(cosine(embeddings[i], embeddings[j]), logit, token_f1(contents[i], contents[j], weight_V))
             pairs.append(pair)
             terms[i].logic += pair.cosine * sigmoid(pair.indicator_logit) / num_siblings
-            terms[i].self_consistency += pair.f1 / num_siblings
+            terms[i].self_consistency += pair.f1 * votes[j] / others
 
     claims = {i: claims_of(contents[i], tables.claim_end) for i in present}
     coherences = {i: claim_coherence(group.responses[i], claims[i], state) for i in present}
@@ -131,7 +175,8 @@ def group_terms(
 
         coherence = coherences[i]
         term.coherence = group_coherence if coherence is None else coherence
-        term.signals = signals_of(response, group.prompt_middle, state, config, tables)
+        term.signals = signals_of(response, prompt_of(group, i), state, config, tables)
         term.quality = mean(list(term.signals.values()))
-        term.intrinsic = (term.self_consistency + term.coherence + term.quality) / 3
+        term.certainty = 1 + max(mean(response.logprob), -2.0)
+        term.intrinsic = weighted_intrinsic(term, config.intrinsic)
     return terms, pairs

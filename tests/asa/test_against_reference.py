@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from asa_dist.asa.heads import Evaluator, MetaOptimizer
-from asa_dist.asa.objective import FusedOutput, GlobalCounts, StepCoefficients, TokenScores, fused_loss
+from asa_dist.asa.objective import (
+    FusedOutput,
+    GlobalCounts,
+    StepCoefficients,
+    StepInputs,
+    TokenScores,
+    fused_loss,
+)
 from asa_dist.asa.packing import MicroBatch, corpus_batch, join, pack_groups
 from asa_dist.asa.states import pool_states
 from asa_dist.asa.trust import AlignmentState, StepSummary
@@ -27,9 +34,11 @@ from tests.asa.reference import (
     RefTables,
     reference_step,
 )
+from tests.asa.reference_parts import token_weights
 
 HIDDEN, EMBEDDING, ROW = 12, 7, 48
 TAU, RHO, STEP, SCALE = 0.35, 0.35, 41, 0.6
+NUM_SHARES = 3  # steps whose token shares the state has seen
 TERMS = {
     "logic": "logic",
     "fact": "fact",
@@ -40,6 +49,7 @@ TERMS = {
     "self_consistency": "self_consistency",
     "coherence": "coherence",
     "quality": "quality",
+    "certainty": "certainty",
     "intrinsic": "intrinsic",
     "used": "used",
     "advantage": "advantage",
@@ -61,14 +71,42 @@ class World:
     evaluator: Evaluator
     meta: MetaOptimizer
     state: AlignmentState
+    share_history: list[np.ndarray]
     evaluator_config: EvaluatorConfig
     objective_config: ObjectiveConfig
 
 
-def make_world(seed: int, group_size: int, evaluator: dict[str, Any], objective: dict[str, Any]) -> World:
+def share_history(rng: np.random.Generator) -> list[np.ndarray]:
+    """[V] per step: most tokens in some responses, one in all of them, one in none."""
+    history = [rng.random(worlds.VOCAB) ** 3 for _ in range(NUM_SHARES)]
+    for share_V in history:
+        share_V[[20, 21]] = (1.0, 0.0)
+    return history
+
+
+def make_state(config: EvaluatorConfig, history: list[np.ndarray]) -> AlignmentState:
+    """As after STEP steps, the last of which had the shares of ``history``."""
+    state = AlignmentState(config, HIDDEN, worlds.VOCAB)
+    for share_V in history:
+        shares = {"responses_with_V": torch.from_numpy(share_V * 40), "num_responses": 40.0}
+        state.update(StepSummary(0.0, 0.0, torch.zeros(3), 0.0, torch.zeros(HIDDEN), 0.0, 0.0, **shares))
+    state.rho.fill_(RHO)
+    state.steps.fill_(STEP)
+    state.reward_mean_3.copy_(torch.tensor([0.2, -0.1, 0.4]) * 0.5)
+    state.meta_mean.fill_(0.03 * 0.5)
+    state.mean_weight.fill_(0.5)
+    state.center_sum_H.copy_(torch.randn(HIDDEN) * 0.3 * 0.5)
+    state.center_weight.fill_(0.5)
+    state.square_sum.fill_(0.5 / SCALE**2)
+    return state
+
+
+def make_world(
+    seed: int, group_size: int, evaluator: dict[str, Any], objective: dict[str, Any], num_variants: int = 0
+) -> World:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    groups = worlds.groups(rng, group_size)
+    groups = worlds.groups(rng, group_size, num_variants=num_variants)
     ids = torch.from_numpy(rng.integers(1, worlds.VOCAB, (3, ROW)))
     targets = ids.roll(-1, 1)
     targets[:, -1] = -100
@@ -89,18 +127,13 @@ def make_world(seed: int, group_size: int, evaluator: dict[str, Any], objective:
     with torch.no_grad():
         for parameter in (*heads.parameters(), *meta.parameters()):
             parameter.copy_(torch.randn_like(parameter) * 0.4)
-    state = AlignmentState(evaluator_config, HIDDEN)
-    state.rho.fill_(RHO)
-    state.steps.fill_(STEP)
-    state.reward_mean_3.copy_(torch.tensor([0.2, -0.1, 0.4]) * 0.5)
-    state.meta_mean.fill_(0.03 * 0.5)
-    state.mean_weight.fill_(0.5)
-    state.center_sum_H.copy_(torch.randn(HIDDEN) * 0.3 * 0.5)
-    state.center_weight.fill_(0.5)
-    state.square_sum.fill_(0.5 / SCALE**2)
+    history = share_history(rng)
+    state = make_state(evaluator_config, history)
     middle_NH = torch.randn(num_tokens, HIDDEN) + 0.5
-    for index in range(len(groups) * group_size):  # the copies of a prompt have equal states
-        own, first = ((batch.groups.prompt_N == i).nonzero().flatten() for i in (index, index - index % group_size))
+    for index in range(len(groups) * group_size):  # the copies of a phrasing have equal states
+        sibling = index % group_size
+        same = index - sibling + sibling % (1 + num_variants)
+        own, first = ((batch.groups.prompt_N == i).nonzero().flatten() for i in (index, same))
         middle_NH[own] = middle_NH[first]
     return World(
         groups,
@@ -111,6 +144,7 @@ def make_world(seed: int, group_size: int, evaluator: dict[str, Any], objective:
         heads,
         meta,
         state,
+        history,
         evaluator_config,
         objective_config,
     )
@@ -131,15 +165,21 @@ def ours(world: World) -> tuple[FusedOutput, GlobalCounts]:
     coefficients = StepCoefficients(
         world.objective_config.alpha, world.objective_config.beta, world.objective_config.gamma, world.state.tau
     )
+    inputs = StepInputs(
+        coefficients,
+        counts,
+        world.state.center(),
+        world.state.scale(),
+        world.state.progress(),
+        world.state.token_weights(),
+    )
     output = fused_loss(
         world.batch,
         world.scores,
         states,
         heads,
-        world.meta(world.state.progress()),
-        coefficients,
-        counts,
-        worlds.VOCAB,
+        world.meta(inputs.progress_F),
+        inputs,
         world.evaluator_config,
         world.objective_config,
     )
@@ -178,8 +218,11 @@ def reference(world: World) -> RefResult:
                     per_position["entropy"][before],
                 )
             )
-        prompt_at = (groups.prompt_N == g * len(group.responses)).nonzero().flatten().numpy()
-        ref_groups.append(RefGroup(per_position["middle"][prompt_at], responses))
+        phrasings = [
+            per_position["middle"][(groups.prompt_N == g * len(group.responses) + k).nonzero().flatten().numpy()]
+            for k in range(len(group.prompt.phrasings))
+        ]
+        ref_groups.append(RefGroup(phrasings[0], responses, phrasings[1:]))
     p = {name: value.detach().double().numpy() for name, value in world.evaluator.named_parameters()}
     m = {name: value.detach().double().numpy() for name, value in world.meta.named_parameters()}
     params = RefParams(
@@ -195,7 +238,15 @@ def reference(world: World) -> RefResult:
         m["weight_3F"],
         m["bias_3"],
     )
-    state = RefState(STEP, world.state.center().double().numpy(), np.array([0.2, -0.1, 0.4]), 0.03, TAU, RHO)
+    state = RefState(
+        STEP,
+        world.state.center().double().numpy(),
+        np.array([0.2, -0.1, 0.4]),
+        0.03,
+        TAU,
+        RHO,
+        share_history=world.share_history,
+    )
     names = set(RefConfig.__dataclass_fields__)
     knobs = {**config.model_dump(), **world.objective_config.model_dump()}
     ref_config = RefConfig(**{name: value for name, value in knobs.items() if name in names})
@@ -204,10 +255,17 @@ def reference(world: World) -> RefResult:
 
 
 CASES = [
-    pytest.param({}, {}, id="defaults"),
+    pytest.param({}, {}, 0, id="defaults"),
     pytest.param(
-        {"embedding": "raw", "trust": "always", "omega_floor": 0.0},
         {
+            "embedding": "raw",
+            "trust": "always",
+            "omega_floor": 0.0,
+            "token_weights": "uniform",
+            "vote_sharpness": 0.0,
+        },
+        {
+            "meta_loss": "paper",
             "advantage": "none",
             "phi_self_align": "paper",
             "importance": "none",
@@ -215,23 +273,46 @@ CASES = [
             "indicator_loss_weight": 0.0,
             "principle_loss_weight": 0.0,
         },
+        0,
         id="paper-letter",
     ),
     pytest.param(
-        {"uncertainty_weight": 0.1, "principles": ["non_repetition", "fluency"]},
+        {
+            "uncertainty_weight": 0.1,
+            "principles": ["non_repetition", "fluency"],
+            "vote_sharpness": 0.0,
+            "token_share_decay": 0.5,
+            "intrinsic": {"self_consistency": 2.0, "coherence": 0.5, "quality": 0.0, "certainty": 0.7},
+        },
         {"advantage": "group_mean", "importance": "sequence", "importance_cap": 1.5},
+        0,
         id="sequence",
     ),
     pytest.param(
-        {"omega_floor": 0.2}, {"advantage": "leave_one_out", "phi_self_align": "off", "beta": 0.7}, id="leave-one-out"
+        {"omega_floor": 0.2, "token_weights": "uniform"},
+        {"advantage": "leave_one_out", "phi_self_align": "off", "beta": 0.7, "meta_loss": "paper"},
+        0,
+        id="leave-one-out",
+    ),
+    pytest.param(
+        {
+            "trust": "never",
+            "vote_sharpness": 10.0,
+            "intrinsic": {"self_consistency": 1.0, "coherence": 0.0, "quality": 0.3, "certainty": 1.0},
+        },
+        {},
+        1,
+        id="phrasings",
     ),
 ]
 
 
 @pytest.mark.parametrize("group_size", [2, 5])
-@pytest.mark.parametrize(("evaluator", "objective"), CASES)
-def test_terms_and_losses(group_size: int, evaluator: dict[str, Any], objective: dict[str, Any]) -> None:
-    world = make_world(group_size, group_size, evaluator, objective)
+@pytest.mark.parametrize(("evaluator", "objective", "num_variants"), CASES)
+def test_terms_and_losses(
+    group_size: int, evaluator: dict[str, Any], objective: dict[str, Any], num_variants: int
+) -> None:
+    world = make_world(group_size, group_size, evaluator, objective, num_variants)
     output, _ = ours(world)
     expected = reference(world)
     for name, attribute in TERMS.items():
@@ -261,10 +342,13 @@ def test_terms_and_losses(group_size: int, evaluator: dict[str, Any], objective:
     np.testing.assert_allclose(omega, expected.omega, rtol=1e-5)
     assert int(output.sums["trust/valid_groups"]) == len(expected.correlations)
     assert float(output.sums["trust/rho_sum"]) == pytest.approx(sum(expected.correlations.values()), abs=1e-5)
+    num_responses = len(world.groups) * group_size
+    np.testing.assert_allclose(output.sums["responses_with_token"].numpy() / num_responses, expected.token_share)
 
 
-def test_trust_after_the_step() -> None:
-    world = make_world(3, 5, {}, {})
+@pytest.mark.parametrize("trust", ["earned", "always", "never"])
+def test_state_after_the_step(trust: str) -> None:
+    world = make_world(3, 5, {"trust": trust}, {})
     output, counts = ours(world)
     expected = reference(world)
     world.state.update(
@@ -276,10 +360,14 @@ def test_trust_after_the_step() -> None:
             output.sums["pooled_sum"],
             float(output.sums["pooled_square_sum"]),
             counts.contentful,
+            output.sums["responses_with_token"],
+            counts.responses,
         )
     )
     assert float(world.state.rho) == pytest.approx(expected.rho, rel=1e-6)
     assert world.state.tau == pytest.approx(expected.tau, rel=1e-6)
+    weight_V = token_weights([*world.share_history, expected.token_share], 0.98, worlds.VOCAB)
+    np.testing.assert_allclose(world.state.token_weights().numpy(), weight_V, rtol=1e-4)
     assert 0 < len(expected.correlations) < len(world.groups), "the world should hold valid and invalid groups"
 
 

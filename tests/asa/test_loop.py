@@ -6,12 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from asa_dist.asa.errors import RolloutsUnavailable, TrainingError
+from asa_dist.asa.packing import content_of
 from asa_dist.config import Config
+from asa_dist.records import RolloutGroup
+from tests.asa import worlds
 from tests.asa.local_run import LocalRun, local_run
+from tests.asa.reference_parts import token_weights as reference_weights
 from tests.distributed import tiny
 
 
@@ -75,10 +80,35 @@ def test_beta_opens_early_when_trust_is_held(tmp_path: Path) -> None:
     assert [row["trust/beta"] for row in run.recorder.rows[1:-1]] == [0, 0, 0.4, 0.4]
 
 
-def test_trust_always_means_tau_one(tmp_path: Path) -> None:
-    run = local_run(config(trust="always", max_warmup_steps=0), tmp_path)
+@pytest.mark.parametrize(("trust", "tau"), [("always", 1.0), ("never", 0.0)])
+def test_trust_that_is_not_earned(tmp_path: Path, trust: str, tau: float) -> None:
+    run = local_run(config(trust=trust, max_warmup_steps=0), tmp_path)
     run.loop.run(1)
-    assert run.recorder.rows[1]["trust/tau"] == 1.0 and run.recorder.rows[1]["trust/beta"] == 0.4
+    assert run.recorder.rows[1]["trust/tau"] == tau and run.recorder.rows[1]["trust/beta"] == 0.4
+
+
+@pytest.mark.parametrize("token_weights", ["informative", "uniform"])
+def test_tokens_weigh_what_the_steps_before_say(tmp_path: Path, token_weights: str) -> None:
+    run = local_run(config(token_weights=token_weights, token_share_decay=0.5), tmp_path)
+    weights, shares = [], []
+    train_step, take = run.engine.train_step, run.rollouts.take
+
+    def watched_step(batches: Any, inputs: Any, learning_rates: Any) -> Any:
+        weights.append(inputs.token_weight_V.numpy())
+        return train_step(batches, inputs, learning_rates)
+
+    def watched_take(step: int) -> list[RolloutGroup]:
+        groups = take(step)
+        contents = [set(content_of(response).tolist()) for group in groups for response in group.responses]
+        shares.append(np.array([np.mean([token in content for content in contents]) for token in range(worlds.VOCAB)]))
+        return groups
+
+    run.engine.train_step, run.rollouts.take = watched_step, watched_take  # type: ignore[method-assign]
+    run.loop.run(3)
+    for step, weight_V in enumerate(weights):
+        past = shares[:step] if token_weights == "informative" else []
+        np.testing.assert_allclose(weight_V, reference_weights(past, 0.5, worlds.VOCAB), rtol=1e-4)
+    assert (weights[0] == 1).all() and len(weights) == 3
 
 
 def losses(run: LocalRun) -> list[float]:

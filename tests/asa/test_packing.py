@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,11 +41,23 @@ def sequences(batch: MicroBatch) -> Iterator[np.ndarray]:
             yield ids_T[segment_T == segment]
 
 
+def test_siblings_take_turns_at_the_phrasings() -> None:
+    prompt = Prompt(0, 0, np.array([1], np.int32), (np.array([2], np.int32), np.array([3], np.int32)))
+    assert [prompt.tokens_for(sibling).tolist() for sibling in range(6)] == [[1], [2], [3], [1], [2], [3]]
+    alone = Prompt(0, 0, prompt.token_ids)
+    assert [alone.tokens_for(sibling).tolist() for sibling in range(3)] == [[1], [1], [1]]
+
+
+@pytest.mark.parametrize("num_variants", [0, 1])
 @pytest.mark.parametrize("row_length", [48, 64, 200])
-def test_every_sequence_is_there_once(row_length: int) -> None:
-    groups = worlds.groups(np.random.default_rng(0), group_size=4)
+def test_every_sequence_is_there_once(row_length: int, num_variants: int) -> None:
+    groups = worlds.groups(np.random.default_rng(0), 4, num_variants=num_variants)
     batch = pack_groups(groups, row_length, worlds.TABLES, version=3)
-    wanted = sorted(tuple(np.concatenate([g.prompt.token_ids, r.token_ids])) for g in groups for r in g.responses)
+    wanted = sorted(
+        tuple(np.concatenate([g.prompt.tokens_for(sibling), r.token_ids]))
+        for g in groups
+        for sibling, r in enumerate(g.responses)
+    )
     assert sorted(tuple(ids) for ids in sequences(batch)) == wanted
     used = int((batch.segment_RT >= 0).sum())
     assert batch.input_ids_RT.shape[0] <= 2 * -(-used // row_length), "first-fit decreasing wastes less than half"
@@ -52,8 +65,9 @@ def test_every_sequence_is_there_once(row_length: int) -> None:
     assert batch.groups.age_P.tolist() == [3.0] * len(groups)
 
 
-def test_marks_lead_back_to_the_responses() -> None:
-    groups = worlds.groups(np.random.default_rng(1), group_size=3)
+@pytest.mark.parametrize("num_variants", [0, 1, 2])
+def test_marks_lead_back_to_the_responses(num_variants: int) -> None:
+    groups = worlds.groups(np.random.default_rng(1), 6, num_variants=num_variants)
     batch = pack_groups(groups, 64, worlds.TABLES, version=0)
     tensors = batch.groups
     assert tensors is not None
@@ -62,11 +76,15 @@ def test_marks_lead_back_to_the_responses() -> None:
         batch.target_RT.flatten(),
         batch.position_ids_RT.flatten(),
     )
+    assert tensors.variant_G.dtype == torch.int64
+    assert tensors.variant_G.tolist() == [sibling % (1 + num_variants) for sibling in range(6)]
     for index, (group, response) in enumerate((g, r) for g in groups for r in g.responses):
         assert ids_N[tensors.response_N == index].tolist() == response.token_ids.tolist()
-        assert ids_N[tensors.prompt_N == index].tolist() == group.prompt.token_ids.tolist()
+        phrasing = group.prompt.phrasings[int(tensors.variant_G[index % 6])]
+        assert ids_N[tensors.prompt_N == index].tolist() == phrasing.tolist()
         predicting_N = tensors.predicts_N == index
         assert target_N[predicting_N].tolist() == response.token_ids.tolist()
+        assert target_N[tensors.says_N == index].tolist() == content_of(response).tolist()
         np.testing.assert_array_equal(tensors.behaviour_logprob_N[predicting_N].numpy(), response.behaviour_logprob_T)
         np.testing.assert_array_equal(tensors.sampled_logprob_N[predicting_N].numpy(), response.logprob_T)
         here_N = (tensors.prompt_N == index) | (tensors.response_N == index)
@@ -82,15 +100,19 @@ def test_marks_lead_back_to_the_responses() -> None:
 
 
 def test_join_keeps_both_parts() -> None:
-    rollouts = pack_groups(worlds.groups(np.random.default_rng(2), group_size=2), 64, worlds.TABLES, version=0)
+    rollouts = pack_groups(worlds.groups(np.random.default_rng(2), 2, num_variants=1), 64, worlds.TABLES, version=0)
     ids = torch.arange(128).view(2, 64)
     corpus = corpus_batch(ids, ids % 64, torch.zeros_like(ids), ids + 1)
     both = join(corpus, rollouts)
     assert both.groups is not None and rollouts.groups is not None
     assert torch.equal(both.input_ids_RT, torch.cat([ids, rollouts.input_ids_RT]))
     assert torch.equal(both.groups.predicts_N[128:], rollouts.groups.predicts_N)
-    assert (both.groups.predicts_N[:128] == -1).all()
+    assert torch.equal(both.groups.says_N[128:], rollouts.groups.says_N)
+    assert (both.groups.predicts_N[:128] == -1).all() and (both.groups.says_N[:128] == -1).all()
     assert both.is_corpus_RT.sum() == 128
+    assert both.groups.variant_G.tolist() == [0, 1]
+    moved = both.to(torch.device("meta")).groups
+    assert moved is not None and moved.variant_G.device.type == "meta"
 
 
 def test_refusals() -> None:
@@ -103,6 +125,14 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="unequal size"):
         pack_groups(
             [RolloutGroup(0, 0, prompt, (short, short)), RolloutGroup(0, 1, prompt, (short,))],
+            64,
+            worlds.TABLES,
+            version=0,
+        )
+    in_two = replace(prompt, variants=(prompt.token_ids,))
+    with pytest.raises(ValueError, match=r"unequal numbers of phrasings: \[1, 2\]"):
+        pack_groups(
+            [RolloutGroup(0, 0, prompt, (short, short)), RolloutGroup(0, 1, in_two, (short, short))],
             64,
             worlds.TABLES,
             version=0,

@@ -107,7 +107,8 @@ def test_advantages_and_losses_of_two_responses() -> None:
     assert losses.self_align_psi == pytest.approx((6 * LN2 - 3 * LN2) / 7)
     # mean log-probs −ln 2 and −2 ln 2 lie ½ ln 2 from their mean
     assert losses.self_align_phi == pytest.approx(-(1.2 / 3 - 1.1 / 3) * 0.5 * LN2 / 2)
-    meta = ((1.2 / 3 - 49 / 72) ** 2 + (1.1 / 3 - 391 / 720) ** 2) / 2
+    # R_self − R_intrinsic of the one and of the other, each half their difference from the mean
+    meta = ((1.2 / 3 - 49 / 72) / 2 - (1.1 / 3 - 391 / 720) / 2) ** 2
     assert losses.meta == pytest.approx(meta)
     assert losses.embedding == pytest.approx((0.6 - 2 / 3) ** 2)
     assert losses.indicator == pytest.approx(LN2)  # of ½, whatever the target
@@ -132,6 +133,7 @@ def test_trust_after_two_responses() -> None:
         ({"advantage": "none"}, (0.25 * 0.4 + 0.75 * 49 / 72, 0.25 * 1.1 / 3 + 0.75 * 391 / 720)),
         ({"advantage": "none", "trust": "always"}, (0.4, 1.1 / 3)),
         ({"advantage": "group_mean", "trust": "always"}, (1 / 3, -1 / 3)),
+        ({"advantage": "none", "trust": "never"}, (49 / 72, 391 / 720)),
     ],
 )
 def test_other_advantages(knobs: dict[str, str], expected: tuple[float, float]) -> None:
@@ -151,6 +153,60 @@ def test_other_phi_losses() -> None:
     # sums of log-probs: −4·ln 2 and −6·ln 2
     expected = (0.4 * 4 * LN2 + 1.1 / 3 * 6 * LN2) / 2
     assert _step([_pair_of_responses()], phi_self_align="paper").losses.self_align_phi == pytest.approx(expected)
+
+
+def test_meta_loss_of_the_paper() -> None:
+    expected = ((1.2 / 3 - 49 / 72) ** 2 + (1.1 / 3 - 391 / 720) ** 2) / 2
+    assert _step([_pair_of_responses()], meta_loss="paper").losses.meta == pytest.approx(expected)
+
+
+def test_intrinsic_reward_with_weights() -> None:
+    """Mean log-probabilities −ln 2 and, made very unlikely, −3, which counts as −2."""
+    group = _pair_of_responses()
+    group.responses[1].logprob[:] = [-3.0, -2.0, -4.0]
+    weights = {"self_consistency": 3.0, "coherence": 0.0, "quality": 1.0, "certainty": 4.0}
+    first, second = _step([group], intrinsic=weights).terms[0]
+    assert first.intrinsic == pytest.approx((3 * 2 / 3 + 3.5 / 4 + 4 * (1 - LN2)) / 8)
+    assert second.intrinsic == pytest.approx((3 * 2 / 3 + (1.6 + math.exp(-3)) / 4 + 4 * -1) / 8)
+
+
+def test_votes_and_token_weights() -> None:
+    """Token 10 weighs 1, 11 weighs 4, the full stop 9, the rarest ones ln² 1000; the end-of-text has no part in it."""
+    share_V = np.full(VOCAB, 1.0)
+    share_V[[10, 11, FULL_STOP, END]] = np.exp([-1.0, -2.0, -3.0, -4.0])
+    state = replace(STATE, share_history=[share_V])
+    group = _pair_of_responses()
+    group.responses[1] = _response([10, 10, FULL_STOP], (0.6, 0.8))
+    group.responses += [_response([11, 11], (1.0, 1.0)), _response([], (0.0, 0.0))]
+    group.responses[1].logprob[:] = [-1.0, -1.0, -0.5]
+    group.responses[2].logprob[:] = [-0.5, -1.5]
+    terms = _step([group], state=state, vote_sharpness=2.0).terms[0]
+    # log-probabilities 0, −ln 2, −ln 2 of the first; to all of them one sure token of the rarest kind is added
+    rarest = math.log(1000) ** 2
+    sureties = (-LN2 * (4 + 9) / (rarest + 14), -6.5 / (rarest + 11), -8 / (rarest + 8))
+    votes = [math.exp(2 * surety) for surety in sureties]
+    # first and second share 10 and the full stop, first and third 11
+    f1_12, f1_13 = 2 * 10 / (14 + 11), 2 * 4 / (14 + 8)
+    assert terms[0].self_consistency == pytest.approx((f1_12 * votes[1] + f1_13 * votes[2]) / (votes[1] + votes[2]))
+    assert terms[1].self_consistency == pytest.approx(f1_12 * votes[0] / (votes[0] + votes[2]))
+    assert terms[2].self_consistency == pytest.approx(f1_13 * votes[0] / (votes[0] + votes[1]))
+    assert terms[3].self_consistency == 0
+    uniform = _step([group], state=state, token_weights="uniform", vote_sharpness=0.0).terms[0]
+    assert uniform[0].self_consistency == pytest.approx((2 / 3 + 2 / 5) / 2)
+
+
+def test_siblings_are_relevant_to_the_phrasing_they_answer() -> None:
+    responses = [_response([10, 11, 13], (1.0, 0.0)) for _ in range(4)]
+    group = RefGroup(np.array([[1.0, 0.0]]), responses, [np.array([[0.0, 2.0], [2.0, 0.0]])])
+    relevances = [term.signals["relevance"] for term in _step([group]).terms[0]]
+    assert relevances == pytest.approx([1, math.sqrt(0.5)] * 2)
+
+
+def test_token_shares_are_of_the_contents() -> None:
+    """Of the two responses one has the end-of-text, which is no content."""
+    share_V = _step([_pair_of_responses()]).token_share
+    assert [share_V[token] for token in (10, 11, FULL_STOP, 13, END)] == [1, 1, 0.5, 0.5, 0]
+    assert share_V.sum() == 3
 
 
 def test_warm_up_removes_both_self_align_losses_from_the_total() -> None:
@@ -244,7 +300,8 @@ def test_empty_responses_have_zero_rewards_and_no_pairs() -> None:
         numbers = (term.logic, term.fact, term.behav, term.self_reward, term.self_consistency, term.coherence)
         assert (*numbers, term.quality, term.intrinsic, *term.signals.values()) == (0,) * 12
     assert result.terms[0][0].logic == pytest.approx(full.terms[0][0].logic / 3)  # divisor G − 1
-    assert result.terms[0][0].self_consistency == pytest.approx(full.terms[0][0].self_consistency / 3)
+    # who says nothing has no vote: neither no tokens, nor the end-of-text alone, however sure the model is of that
+    assert [term.self_consistency for term in result.terms[0][:2]] == pytest.approx([2 / 3, 2 / 3])
     for name in ("embedding", "indicator", "principles"):
         assert getattr(result.losses, name) == pytest.approx(getattr(full.losses, name))
     # φ: the end-of-text alone has a log-probability, but reward 0; the group mean is over −1, −2, −1 times ln 2

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from tests.asa.reference_parts import average_ranks, binary_cross_entropy, claims_of, spearman, token_f1
+from tests.asa.reference_parts import (
+    average_ranks,
+    binary_cross_entropy,
+    claims_of,
+    spearman,
+    token_f1,
+    token_weights,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +48,25 @@ def test_spearman_with_ties() -> None:
 
 
 def test_token_f1_counts_repetitions() -> None:
-    assert token_f1([7, 7, 2], [7, 2, 2, 2]) == pytest.approx(4 / 7)
-    assert token_f1([7], []) == 0
+    assert token_f1([7, 7, 2], [7, 2, 2, 2], np.ones(8)) == pytest.approx(4 / 7)
+    assert token_f1([7], [], np.ones(8)) == 0
+
+
+def test_token_f1_weighs_tokens() -> None:
+    weight_V = np.array([0, 0, 3, 0, 0, 0, 0, 0.5])
+    # of {7, 7, 2} = 4 and {7, 2, 2, 2} = 9.5 they share {7, 2} = 3.5
+    assert token_f1([7, 7, 2], [7, 2, 2, 2], weight_V) == pytest.approx(7 / 13.5)
+    assert token_f1([7, 2], [2, 7], weight_V * 1e-6) == pytest.approx(1)
+
+
+def test_token_weights() -> None:
+    assert token_weights([], 0.5, 3).tolist() == [1, 1, 1]
+    # in every response, in e⁻³ of them, in one of a million
+    shares = np.array([1, math.exp(-3), 1e-6])
+    assert token_weights([shares], 0.5, 3) == pytest.approx([1e-6, (3 / math.log(1000)) ** 2, 1])
+    # three steps, of which the last counts most: (¼ · 0.7 + ½ · 0.4 + 1 · 0.1) / 1.75
+    history = [np.array([share]) for share in (0.7, 0.4, 0.1)]
+    assert token_weights(history, 0.5, 1) == pytest.approx([(math.log(0.475 / 1.75) / math.log(1000)) ** 2])
 
 
 def test_binary_cross_entropy_of_saturated_logits() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def of_tokens(rng: np.random.Generator, token_ids: np.ndarray, finished: bool, v
     return Response(token_ids, logprob, behaviour, finished, ((0, version),))
 
 
-def groups(rng: np.random.Generator, group_size: int, step: int = 0) -> list[RolloutGroup]:
+def groups(rng: np.random.Generator, group_size: int, step: int = 0, num_variants: int = 0) -> list[RolloutGroup]:
     """Five groups: mixed, with empty ones, single-claim, all equal, all empty."""
 
     def mixed() -> list[Response]:
@@ -54,9 +54,16 @@ def groups(rng: np.random.Generator, group_size: int, step: int = 0) -> list[Rol
     tokens = rng.integers(1, VOCAB, 13).astype(np.int32)
     equal = [of_tokens(rng, tokens, finished=False) for _ in range(group_size)]
     empty = [response(rng, Shape(0, True)) for _ in range(group_size)]
-    return [
+    made = [
         RolloutGroup(
             step, index, Prompt(100 + index, 0, rng.integers(1, VOCAB, 1 + 3 * index).astype(np.int32)), tuple(members)
         )
         for index, members in enumerate([mixed(), with_empty, claims, equal, empty])
     ]
+    return [replace(group, prompt=with_variants(rng, group.prompt, num_variants)) for group in made]
+
+
+def with_variants(rng: np.random.Generator, prompt: Prompt, num_variants: int) -> Prompt:
+    """The prompt in other phrasings, too, each of a length of its own."""
+    lengths = rng.integers(1, 15, num_variants).tolist()
+    return replace(prompt, variants=tuple(rng.integers(1, VOCAB, length).astype(np.int32) for length in lengths))

@@ -1,8 +1,9 @@
-"""What the ranks of test_engine.py run. As a program: prints a new golden step."""
+"""What the ranks of test_engine.py run. As a program: writes a new golden step."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from asa_dist.runtime.model import PHI, PSI, XI
 from tests.distributed import tiny
 from tests.distributed.ranks import run_on_ranks
 
+GOLDEN = Path(__file__).parent / "golden_step.json"
 NO_UPDATE = {PSI: 0.0, PHI: 0.0, XI: 0.0}
 
 
@@ -65,4 +67,5 @@ def golden_step(placement: Placement) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dict(sorted(run_on_ranks(golden_step, 2)[0].items())), indent=1))
+    text = json.dumps(dict(sorted(run_on_ranks(golden_step, 2)[0].items())), indent=1)
+    GOLDEN.write_text(f"{text}\n", encoding="utf-8")  # stdout has DeepSpeed's messages

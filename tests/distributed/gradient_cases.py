@@ -14,22 +14,23 @@ from asa_dist.asa.objective import (
     generator_loss,
     head_losses,
     importance_weights,
+    meta_loss,
     score_groups,
 )
 from asa_dist.asa.states import pool_states
 from asa_dist.runtime import engine as engine_module
 from asa_dist.runtime.engine import Placement
 from asa_dist.runtime.model import PHI, PSI, XI, named_parts
-from tests.asa import worlds
 from tests.distributed import tiny
 
 Gradients = dict[str, np.ndarray]
+Outcome = tuple[Gradients, float, np.ndarray]  # see fused_gradients
 
 
 def fused_gradients(
     placement: Placement, stage: int, accumulation_steps: int, checkpointing: bool = False
-) -> tuple[Gradients, float]:
-    """(gradient of every parameter by part and name, corpus loss) of one fused step of the real engine."""
+) -> Outcome:
+    """Of one step of the real engine: gradients by part and name, corpus loss, responses with each token [V]."""
     from deepspeed.utils import safe_get_full_grad
 
     settings = tiny.config(
@@ -48,15 +49,16 @@ def fused_gradients(
     with mock.patch.object(engine_module, "clip_by_part", capture):
         result = engine.train_step(batches, tiny.inputs(), {PSI: 0.0, PHI: 0.0, XI: 0.0})
     corpus = float(engine.sum_over_ranks(result.sums["loss/mle"]))
+    responses_with_V = engine.sum_over_ranks(result.sums["responses_with_token"]).numpy()
     engine.engine.destroy()
-    return seen, corpus
+    return seen, corpus, responses_with_V
 
 
-def all_stages(placement: Placement, accumulation_steps: int) -> dict[int, tuple[Gradients, float]]:
+def all_stages(placement: Placement, accumulation_steps: int) -> dict[int, Outcome]:
     return {stage: fused_gradients(placement, stage, accumulation_steps) for stage in (0, 1, 2, 3)}
 
 
-def with_recomputation(placement: Placement) -> dict[int, tuple[Gradients, float]]:
+def with_recomputation(placement: Placement) -> dict[int, Outcome]:
     return {3: fused_gradients(placement, 3, 1, checkpointing=True)}
 
 
@@ -74,14 +76,13 @@ def separate_gradients() -> Gradients:
         states,
         heads,
         model.meta(inputs.progress_F),
-        groups,
-        coefficients,
-        worlds.VOCAB,
+        batch,
+        inputs,
         settings.evaluator,
         settings.objective,
     )
     weight_N, _ = importance_weights(scores, groups, "token", settings.objective.importance_cap)
-    meta = (scored.self_PG - scored.intrinsic.total_PG).square().sum() / inputs.counts.responses
+    meta = meta_loss(scored, settings.objective.meta_loss, inputs.counts)
     per_part = {
         PSI: [
             (coefficients.alpha, corpus_loss(scores.logprob_N, batch, inputs.counts)),

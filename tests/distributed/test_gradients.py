@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.asa import worlds
-from tests.distributed.gradient_cases import Gradients, all_stages, separate_gradients, with_recomputation
+from tests.distributed.gradient_cases import Gradients, Outcome, all_stages, separate_gradients, with_recomputation
 from tests.distributed.ranks import run_on_ranks
+from tests.distributed.tiny import micro_batches
 
 TOLERANCE = 1e-5
 
@@ -18,10 +19,19 @@ def norm(values: np.ndarray) -> float:
     return float(np.linalg.norm(values))
 
 
-def check(stages: dict[int, tuple[Gradients, float]], expected: Gradients) -> None:
-    for stage, (gradients, corpus) in stages.items():
+def responses_with_token() -> list[int]:
+    """In how many responses of the whole batch each token occurs."""
+    groups = micro_batches(1, 0, 1)[0].responses
+    texts = zip(groups.content_PGT.flatten(0, 1).tolist(), groups.content_length_PG.flatten().tolist(), strict=True)
+    contents = [content[:length] for content, length in texts]
+    return [sum(token in content for content in contents) for token in range(worlds.VOCAB)]
+
+
+def check(stages: dict[int, Outcome], expected: Gradients) -> None:
+    for stage, (gradients, corpus, responses_with_V) in stages.items():
         assert gradients.keys() == expected.keys()
         assert corpus == pytest.approx(math.log(worlds.VOCAB), rel=0.05), f"stage {stage}: initial loss is not ln V"
+        assert responses_with_V.tolist() == responses_with_token(), f"stage {stage}"
         for part in ("psi", "phi", "xi"):
             names = [name for name in expected if name.startswith(f"{part}.")]
             wanted = np.concatenate([expected[name].ravel() for name in names])

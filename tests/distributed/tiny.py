@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,10 @@ def inputs() -> StepInputs:
     """The same for every split of the global batch."""
     counts = GlobalCounts(*GlobalCounts.of(micro_batches(1, 0, 1)[0]).tolist())
     center_H = torch.linspace(-0.3, 0.3, 32)
-    return StepInputs(COEFFICIENTS, counts, center_H, 0.8, torch.tensor([0.7, 0.1, -0.2, 0.3, 0.05]))
+    progress_F = torch.tensor([0.7, 0.1, -0.2, 0.3, 0.05])
+    share_V = torch.rand(worlds.VOCAB, generator=torch.Generator().manual_seed(12))
+    token_weight_V = (share_V.clamp(min=1e-3).log() / math.log(1e-3)).square().clamp(min=1e-6)
+    return StepInputs(COEFFICIENTS, counts, center_H, 0.8, progress_F, token_weight_V)
 
 
 def corpus_part(batch: MicroBatch) -> MicroBatch:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asa_dist.config import RolloutConfig
@@ -175,6 +177,8 @@ def test_refusals() -> None:
             (with_response(make_response(1, math.nan)), "response 1: log-probs that are not finite"),
             (with_response(make_response(1, -math.inf)), "response 1: log-probs that are not finite"),
             (good[:1], "leased were"), (good[::-1], "leased were"),
+            ([good[0], replace(good[1], prompt=replace(good[1].prompt, variants=(np.array([3], np.int32),)))],
+             "phrasings) are [(1, 0, 0, 100, 1), (1, 1, 0, 101, 2)], leased were"),
             ([good[0], RolloutGroup(1, 1, Prompt(101, 1, good[1].prompt.token_ids), good[1].responses)], "leased were"),
             ([good[0], RolloutGroup(1, 1, good[1].prompt, good[1].responses[:1])], "1 responses instead of 2"),
         ]:

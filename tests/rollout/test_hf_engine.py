@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ def make_prompts(lengths: tuple[int, ...] = (1, 4, 9, 5)) -> list[Prompt]:
     return [Prompt(20 + i, 2, rng.integers(4, VOCAB_SIZE, n).astype(np.int32)) for i, n in enumerate(lengths)]
 
 
+def with_variants(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """Every prompt in ``count`` more phrasings, of other lengths."""
+    rng = np.random.default_rng(1)
+    return [replace(prompt, variants=tuple(
+        rng.integers(4, VOCAB_SIZE, rng.integers(1, 12)).astype(np.int32) for _ in range(count)))
+        for prompt in prompts]
+
+
 def make_engine(folder: Path, dtype: str = "float32", *, seed: int = SEED, eos_token_id: int = EOS,
                 **sampling: float) -> HfEngine:
     rollout = RolloutConfig(**{"responses_per_prompt": 5, "max_new_tokens": 20, **sampling})
@@ -40,12 +49,12 @@ def commonest_token(groups: list[tuple[Response, ...]]) -> int:
 
 
 def slow_response(model: torch.nn.Module, prompt: Prompt, sibling: int, sampling: SamplingConfig) -> Response:
-    """One response, token by token, each from a full forward of one row."""
+    """One response, token by token, each from a full forward of one row: the sibling's own phrasing."""
     rollout, end = sampling.rollout, sampling.eos_token_id
     tokens, logprobs, behaviours = [], [], []
     key_B = sampling_keys(SEED, *(torch.tensor([x]) for x in (prompt.epoch, prompt.prompt_id, sibling)))
     while len(tokens) < rollout.max_new_tokens and end not in tokens:
-        logits_BV = model(torch.tensor([[*prompt.token_ids.tolist(), *tokens]])).logits[:, -1]
+        logits_BV = model(torch.tensor([[*prompt.tokens_for(sibling).tolist(), *tokens]])).logits[:, -1]
         token_B, logprob_B, behaviour_B = choose_tokens(
             logits_BV, gumbel_noise(key_B, torch.tensor(len(tokens)), VOCAB_SIZE), temperature=rollout.temperature,
             top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p)
@@ -55,24 +64,25 @@ def slow_response(model: torch.nn.Module, prompt: Prompt, sibling: int, sampling
     return Response(np.array(tokens), np.array(logprobs), np.array(behaviours), end in tokens, ((0, 0),))
 
 
-@pytest.mark.parametrize(("tied", "key_value_heads", "sampling"), [
-    (False, 4, {}), (True, 2, {"temperature": 0.7}), (False, 1, {"temperature": 1.4, "top_p": 0.9, "top_k": 20}),
-    (True, 4, {"min_p": 0.05}),
+@pytest.mark.parametrize(("tied", "key_value_heads", "num_variants", "sampling"), [
+    (False, 4, 0, {}), (True, 2, 0, {"temperature": 0.7}), (True, 4, 0, {"min_p": 0.05}),
+    (False, 1, 0, {"temperature": 1.4, "top_p": 0.9, "top_k": 20}), (False, 2, 1, {}),
+    (True, 4, 2, {"temperature": 0.7}),
 ])
 def test_tokens_and_logprobs_equal_plain_forwards(
-        tmp_path: Path, tied: bool, key_value_heads: int, sampling: dict[str, float],
+        tmp_path: Path, tied: bool, key_value_heads: int, num_variants: int, sampling: dict[str, float],
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Compaction included: the rows of this model end at different times, and the batch is seen to shrink."""
     model = make_model(tmp_path, tied=tied, key_value_heads=key_value_heads)
     endless = make_engine(tmp_path, eos_token_id=VOCAB_SIZE, **sampling)
     endless.load(0, model.named_parameters())
-    engine = make_engine(tmp_path, eos_token_id=commonest_token(endless.generate(make_prompts())), **sampling)
+    prompts = with_variants(make_prompts(), num_variants)
+    engine = make_engine(tmp_path, eos_token_id=commonest_token(endless.generate(prompts)), **sampling)
     engine.load(0, model.named_parameters())
     batch_sizes = []
     decode = engine._decode
     monkeypatch.setattr(engine, "_decode", lambda batch, token_B, position: (
         batch_sizes.append(len(token_B)), decode(batch, token_B, position))[1])
-    prompts = make_prompts()
     groups = engine.generate(prompts)
     assert min(batch_sizes) <= 10
     ends = set()
@@ -87,6 +97,31 @@ def test_tokens_and_logprobs_equal_plain_forwards(
             assert found.spans == ((0, 0),)
             ends.add((len(found.token_ids), found.finished))
     assert (20, False) in ends and len(ends) > 3, ends  # truncated ones and several lengths were seen
+
+
+def test_each_phrasing_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path)
+    engine = make_engine(tmp_path, responses_per_prompt=6)
+    engine.load(0, model.named_parameters())
+    shapes = []
+    forward = engine._model.forward
+    monkeypatch.setattr(engine._model, "forward", lambda *args, **inputs: (
+        shapes.append(tuple(inputs["input_ids"].shape)), forward(*args, **inputs))[1])
+    prompts = with_variants(make_prompts(), 2)
+    engine.generate(prompts)
+    assert shapes[:2] == [(4 * 3, max(len(tokens) for prompt in prompts for tokens in prompt.phrasings)), (4 * 6, 1)]
+
+
+def test_phrasing_0_is_answered_as_if_there_were_no_other(tmp_path: Path) -> None:
+    """The phrasing is no part of a sampling key."""
+    model = make_model(tmp_path)
+    engine = make_engine(tmp_path)
+    engine.load(0, model.named_parameters())
+    prompts = make_prompts()
+    plain, varied = engine.generate(prompts), engine.generate(with_variants(prompts, 1))
+    for responses, others in zip(plain, varied, strict=True):
+        same = [a.token_ids.tolist() == b.token_ids.tolist() for a, b in zip(responses, others, strict=True)]
+        assert same[0] and same[2] and same[4] and not all(same)
 
 
 def test_record_dtypes(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 import random
+from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from asa_dist.config import RolloutConfig
@@ -134,6 +136,22 @@ def test_restoring_makes_again_what_this_run_would_refuse() -> None:
     assert len(strict.take(0, 0, 1)) == len(strict.take(1, 0, 1)) == 4
     assert strict.take(2, 0, 1) is None  # its groups are two steps old
     assert finish(strict, 1) == [(2, 0), (2, 2)]
+
+
+def test_phrasings_belong_to_a_prompt() -> None:
+    prompts = [replace(prompt, variants=(np.array([7, 8, 9], np.int32),)) for prompt in make_prompts(0)]
+    ledger = make_ledger()
+    ledger.submit(0, prompts)
+    with pytest.raises(ValueError, match="step 0 was submitted twice, with different prompts"):
+        ledger.submit(0, make_prompts(0))
+    ledger.deliver("w", (lease := ledger.lease("w", 0)).lease_id, answer(lease, 0))
+    restored = make_ledger()
+    restored.restore(load_snapshot(dump_snapshot(ledger.snapshot())), 0)
+    restored.submit(0, prompts)  # known
+    assert finish(restored, 0) == [(0, 2)]
+    groups = restored.take(0, 0, 1)
+    assert [[tokens.tolist() for tokens in group.prompt.phrasings] for group in groups] == [[[1, 2], [7, 8, 9]]] * 4
+    assert groups[1].nbytes == 4 * (2 + 3) + G * 12  # one token per response: its id and two log-probs
 
 
 def test_only_a_new_ledger_can_be_restored() -> None:

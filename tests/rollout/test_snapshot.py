@@ -21,12 +21,12 @@ def random_response(random: np.random.Generator, num_tokens: int, version: int) 
                     bool(random.integers(2)), spans)
 
 
-def random_snapshot(seed: int, next_step: int = 7) -> LedgerSnapshot:
+def random_snapshot(seed: int, next_step: int = 7, num_variants: int = 0) -> LedgerSnapshot:
     random = np.random.default_rng(seed)
     steps = []
     for step, indices in ((next_step, (0, 1, 2, 3)), (next_step + 1, (1, 3)), (next_step + 2, ())):
-        prompts = tuple(Prompt(int(random.integers(2**40)), step % 2, np.arange(i + 1, dtype=np.int32))
-                        for i in range(4))
+        prompts = tuple(Prompt(int(random.integers(2**40)), step % 2, np.arange(i + 1, dtype=np.int32), tuple(
+            random.integers(0, 2**31, 1 + i + k).astype(np.int32) for k in range(num_variants))) for i in range(4))
         groups = tuple(RolloutGroup(step, i, prompts[i], tuple(
             random_response(random, num_tokens, step - 1) for num_tokens in (0, 1, i, 5))) for i in indices)
         steps.append(OpenStep(step, prompts, groups))
@@ -40,7 +40,7 @@ def bits(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
 def plain(snapshot: LedgerSnapshot) -> object:
     """All of it, comparable by ==, arrays by their bits."""
     def prompt(p: Prompt) -> object:
-        return p.prompt_id, p.epoch, bits(p.token_ids)
+        return p.prompt_id, p.epoch, [bits(token_ids) for token_ids in p.phrasings]
 
     def response(r: Response) -> object:
         return bits(r.token_ids), bits(r.logprob_T), bits(r.behaviour_logprob_T), r.finished, r.spans
@@ -51,8 +51,9 @@ def plain(snapshot: LedgerSnapshot) -> object:
         for step in snapshot.steps]
 
 
-@pytest.mark.parametrize("snapshot", [random_snapshot(0), random_snapshot(1), LedgerSnapshot(0, ()),
-                                      LedgerSnapshot(5, (OpenStep(5, (), ()),))])
+@pytest.mark.parametrize("snapshot", [
+    random_snapshot(0), random_snapshot(1), random_snapshot(2, num_variants=3), LedgerSnapshot(0, ()),
+    LedgerSnapshot(5, (OpenStep(5, (), ()),))])
 def test_round_trip(snapshot: LedgerSnapshot) -> None:
     data = dump_snapshot(snapshot)
     assert plain(load_snapshot(data)) == plain(snapshot)

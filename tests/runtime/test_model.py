@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,20 @@ def logprobs(batch: MicroBatch) -> torch.Tensor:
         return model.token_scores(batch, final_NH).logprob_N
 
 
-def test_packed_rollouts_equal_one_sequence_per_row() -> None:
-    groups = worlds.groups(np.random.default_rng(4), group_size=3)
+@pytest.mark.parametrize("num_variants", [0, 1])
+def test_packed_rollouts_equal_one_sequence_per_row(num_variants: int) -> None:
+    rng = np.random.default_rng(4)
+    groups = worlds.groups(rng, group_size=3)
+    for index, group in enumerate(groups):
+        variants = tuple(rng.integers(1, worlds.VOCAB, 4 + index).astype(np.int32) for _ in range(num_variants))
+        groups[index] = replace(group, prompt=replace(group.prompt, variants=variants))
     packed = pack_groups(groups, 120, worlds.TABLES, version=0)
     assert packed.input_ids_RT.shape[0] < 15 // 2, "several sequences should share a row"
     packed_N = logprobs(packed)
     for index, (group, response) in enumerate((g, r) for g in groups for r in g.responses):
-        length = len(group.prompt.token_ids) + len(response.token_ids)
-        alone = pack_groups([RolloutGroup(0, 0, group.prompt, (response,))], length, worlds.TABLES, version=0)
+        prompt = Prompt(0, 0, group.prompt.tokens_for(index % 3))
+        length = len(prompt.token_ids) + len(response.token_ids)
+        alone = pack_groups([RolloutGroup(0, 0, prompt, (response,))], length, worlds.TABLES, version=0)
         assert packed.groups is not None and alone.groups is not None
         torch.testing.assert_close(
             packed_N[packed.groups.predicts_N == index],

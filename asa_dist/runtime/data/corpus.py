@@ -14,7 +14,7 @@ from asa_dist.config import DataConfig, RolloutConfig
 from asa_dist.runtime.data.errors import DataError
 from asa_dist.runtime.data.prompts import can_start_prompt, read_prompt_file
 from asa_dist.runtime.data.sources import describe, is_heldout, read_documents
-from asa_dist.runtime.data.store import write_store
+from asa_dist.runtime.data.store import write_prompt_store, write_store
 from asa_dist.runtime.data.tokenizer import encode_documents, encode_prompts, load_pretrained_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -136,13 +136,19 @@ def write_prompts(tokenizer: PreTrainedTokenizerBase, rollout: RolloutConfig, fo
     """Writes the store of ``rollout.prompt_file`` to ``folder``; returns how many prompts there are.
 
     Raises:
-        DataError: a file that cannot be read, or a prompt that is empty or longer than ``rollout.max_prompt_tokens``.
+        DataError: a file that cannot be read; a phrasing that is empty or longer than ``rollout.max_prompt_tokens``;
+            fewer than ``rollout.prompt_variants`` phrasings of a prompt.
     """
-    prompts = read_prompt_file(Path(str(rollout.prompt_file)).expanduser())
-    encoded = list(encode_prompts(tokenizer, (text for _, text in prompts)))
-    for (place, _), tokens in zip(prompts, encoded, strict=True):
-        if not 1 <= len(tokens) <= rollout.max_prompt_tokens:
-            raise DataError(f"{place}: a prompt of {len(tokens)} tokens; allowed are 1 to rollout.max_prompt_tokens "
-                            f"{rollout.max_prompt_tokens}")
-    write_store(folder, ((tokens, False) for tokens in encoded))
-    return len(encoded)
+    lines = read_prompt_file(Path(str(rollout.prompt_file)).expanduser())
+    encoded = encode_prompts(tokenizer, (text for _, texts in lines for text in texts))
+    prompts = [list(islice(encoded, len(texts))) for _, texts in lines]
+    for (place, _), phrasings in zip(lines, prompts, strict=True):
+        if len(phrasings) < rollout.prompt_variants:
+            raise DataError(f"{place}: {len(phrasings)} of {rollout.prompt_variants} phrasings, the prompt and its "
+                            "variants counted: rollout.prompt_variants asks for so many; add 'variants'")
+        for number, tokens in enumerate(phrasings):
+            if not 1 <= len(tokens) <= rollout.max_prompt_tokens:
+                raise DataError(f"{place}: {f'variant {number}' if number else 'the prompt'} has {len(tokens)} tokens; "
+                                f"allowed are 1 to rollout.max_prompt_tokens {rollout.max_prompt_tokens}")
+    write_prompt_store(folder, prompts)
+    return len(prompts)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROW_ORDER, PROMPT_ORDER, PROMPT_LENGTH, HELDOUT_ORDER = range(4)
+ROW_ORDER, PROMPT_ORDER, PROMPT_LENGTH, HELDOUT_ORDER, PROMPT_PHRASINGS = range(5)
 
 
 def generator(*key: int) -> np.random.Generator:

@@ -92,7 +92,8 @@ def _build(
 
 # --- settings and publishing -------------------------------------------------------------------------------------
 def _settings(data: DataConfig, rollout: RolloutConfig, seed: int) -> dict[str, Any]:
-    prompts = rollout.model_dump(mode="json", include={"prompt_file", "min_prompt_tokens", "max_prompt_tokens"})
+    prompts = rollout.model_dump(
+        mode="json", include={"prompt_file", "prompt_variants", "min_prompt_tokens", "max_prompt_tokens"})
     return dict(_leaves({"seed": seed, "data": data.model_dump(mode="json"), "rollout": prompts}, ""))
 
 

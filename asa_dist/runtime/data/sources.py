@@ -100,8 +100,8 @@ def _trimmed(lines: list[str]) -> str:
     return re.sub(r"^(?:[ \t]*\n)+", "", "\n".join(lines)).rstrip()  # the first line keeps its indentation
 
 
-def read_json_field(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """``(place, text)`` of every record of a jsonl file; blank lines are left out."""
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(place, record)`` of every line of a jsonl file; blank lines are left out."""
     for place, line in read_lines(path):
         if not line.strip():
             continue
@@ -111,11 +111,11 @@ def read_json_field(path: Path, field: str) -> Iterator[tuple[str, str]]:
             raise DataError(f"{place}: not valid JSON ({error.msg}); each line must be one JSON object") from None
         if not isinstance(record, dict):
             raise DataError(f"{place}: a JSON {type(record).__name__}; each line must be one JSON object")
-        yield place, _text_of(record, field, place)
+        yield place, record
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    return (text for _, text in read_json_field(path, text_field))
+    return (text_of(record, text_field, place) for place, record in read_json_lines(path))
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -130,7 +130,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
             row = 0
             for batch in file.iter_batches(columns=[text_field]):
                 for text in batch.column(0).to_pylist():
-                    yield _text_of({text_field: text}, text_field, f"{path}: row {row}")
+                    yield text_of({text_field: text}, text_field, f"{path}: row {row}")
                     row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}") from None
@@ -154,18 +154,22 @@ def _load_dataset(source: SourceConfig, index: int) -> Any:
 
 def _dataset_texts(source: SourceConfig, index: int, records: Any) -> Iterator[str]:
     for row, record in enumerate(records):
-        yield _text_of(record, source.text_field, f"{describe(source, index)}: record {row}")
+        yield text_of(record, source.text_field, f"{describe(source, index)}: record {row}")
 
 
-def _text_of(record: dict[str, Any], field: str, place: str) -> str:
+def text_of(record: dict[str, Any], field: str, place: str) -> str:
+    """The text in a field. Raises :class:`DataError`, which begins with ``place``, if there is none."""
     if field not in record:
         raise DataError(f"{place}: no field {field!r}; fields: {', '.join(record) or 'none'}")
-    text = record[field]
-    if not isinstance(text, str):
-        raise DataError(f"{place}: field {field!r} must be text, not {type(text).__name__}")
+    return checked_text(record[field], f"{place}: field {field!r}")
+
+
+def checked_text(value: Any, where: str) -> str:
+    """``value``, if it is text and can be written down; else a :class:`DataError` that begins with ``where``."""
+    if not isinstance(value, str):
+        raise DataError(f"{where} must be text, not {type(value).__name__}")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: field {field!r}: half a surrogate pair at character {error.start}; "
-                        "remove or repair it") from None
-    return text
+        raise DataError(f"{where}: half a surrogate pair at character {error.start}; remove or repair it") from None
+    return value

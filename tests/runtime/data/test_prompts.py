@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from asa_dist.config import SourceConfig
+from asa_dist.config import DataConfig, RolloutConfig, SourceConfig
 from asa_dist.runtime.data.errors import DataError
 from asa_dist.runtime.data.prompts import PromptStream
 from asa_dist.runtime.data.sources import is_heldout
@@ -96,10 +97,17 @@ def test_prompt_file(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("p.txt", "fine\n\n" + "river " * 20, r"p\.txt:3: a prompt of \d+ tokens; allowed .* rollout\.max_prompt_tokens 9"),
+    ("p.txt", "fine\n\n" + "river " * 20, r"p\.txt:3: the prompt has \d+ tokens; allowed .*max_prompt_tokens 9"),
     ("p.txt", "\n \n", r"p\.txt: no prompt in this file"),
     ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r"p\.jsonl:2: no field 'prompt'; fields: text"),
-    ("p.jsonl", '{"prompt": ""}\n', r"p\.jsonl:1: a prompt of 0 tokens"),
+    ("p.jsonl", '{"prompt": ""}\n', r"p\.jsonl:1: the prompt has 0 tokens"),
+    ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": "b", "variants": ["c", "' + "river " * 20 + '"]}\n',
+     r"p\.jsonl:3: variant 2 has \d+ tokens; allowed are 1 to rollout\.max_prompt_tokens 9"),
+    ("p.jsonl", '{"prompt": "a", "variants": [""]}\n', r"p\.jsonl:1: variant 1 has 0 tokens"),
+    ("p.jsonl", '{"prompt": "a", "variants": "b"}\n', r"p\.jsonl:1: field 'variants' must be a list of texts"),
+    ("p.jsonl", '{"prompt": "a", "variants": ["b", 3]}\n', r"p\.jsonl:1: variant 2 must be text, not int"),
+    ("p.jsonl", '{"prompt": "a", "variants": ["\\ud800"]}\n', r"p\.jsonl:1: variant 1: half a surrogate pair"),
+    ("p.jsonl", '{"prompt": "a", "variants": ["b", "a"]}\n', r"p\.jsonl:1: variant 2 says the same as a phrasing"),
     ("p.csv", "a\n", r"p\.csv: prompt files end in \.txt .* or \.jsonl, not '\.csv'"),
 ])
 def test_bad_prompt_files_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -108,3 +116,59 @@ def test_bad_prompt_files_are_named(name: str, content: str, message: str, tmp_p
     with pytest.raises(DataError, match=message):
         prepare_quietly(data, tmp_path / "run", rollout_config(prompt_file=str(tmp_path / name)))
     assert not (tmp_path / "run" / "data").exists()
+
+
+def write_phrasings(path: Path, num_prompts: int, num_phrasings: int) -> Path:
+    """Prompt i in the phrasings "i.0?", "i.1?", …"""
+    lines = ([f"{i}.{k}?" for k in range(num_phrasings)] for i in range(num_prompts))
+    path.write_text("".join(json.dumps({"prompt": first, "variants": rest, "answer": 42}) + "\n"
+                            for first, *rest in lines))
+    return path
+
+
+def read_phrasings(run_dir: Path, data: DataConfig, rollout: RolloutConfig, ids: Sequence[int], seed: int = 0,
+                   ) -> list[tuple[str, ...]]:
+    stream, tokenizer = PromptStream(run_dir, data, rollout, seed), load_tokenizer(run_dir)
+    return [tuple(tokenizer.decode(tokens.tolist()) for tokens in stream.prompt(i).phrasings) for i in ids]
+
+
+@pytest.mark.parametrize("num_drawn", [1, 2, 3])
+def test_phrasings_of_a_prompt_file(num_drawn: int, tmp_path: Path) -> None:
+    data = data_config(SourceConfig(kind="jsonl", path=str(write_jsonl(tmp_path / "d.jsonl", documents(80)))))
+    rollout = rollout_config(prompt_file=str(write_phrasings(tmp_path / "p.jsonl", 5, 3)), prompt_variants=num_drawn)
+    prepare_quietly(data, tmp_path / "run", rollout)
+    prompts = read_phrasings(tmp_path / "run", data, rollout, range(40 * 5))
+    drawn: Counter[tuple[int, str]] = Counter()
+    for epoch in range(40):
+        of_epoch = prompts[5 * epoch:5 * epoch + 5]
+        assert sorted(phrasings[0][0] for phrasings in of_epoch) == list("01234")
+        for phrasings in of_epoch:
+            assert len(set(phrasings)) == num_drawn and {text[0] for text in phrasings} == {phrasings[0][0]}
+            drawn.update(enumerate(phrasings))
+    assert drawn.keys() == {(place, f"{i}.{k}?") for place in range(num_drawn) for i in range(5) for k in range(3)}
+    again = read_phrasings(tmp_path / "run", data, rollout, (150, 3, 77))
+    assert again == [prompts[150], prompts[3], prompts[77]]  # a function of the id, whatever was read before
+    other_seed = read_phrasings(tmp_path / "run", data, rollout, range(20), seed=1)
+    assert other_seed != prompts[:20]
+
+
+def test_every_line_needs_enough_phrasings(tmp_path: Path) -> None:
+    path = write_phrasings(tmp_path / "p.jsonl", 3, 4)
+    path.write_text(path.read_text() + '{"prompt": "a", "variants": ["b"]}\n')
+    data = data_config(SourceConfig(kind="jsonl", path=str(write_jsonl(tmp_path / "d.jsonl", documents(80)))))
+    with pytest.raises(DataError, match=r"p\.jsonl:4: 2 of 3 phrasings, .*: rollout\.prompt_variants asks"):
+        prepare_quietly(data, tmp_path / "run", rollout_config(prompt_file=str(path), prompt_variants=3))
+    rollout = rollout_config(prompt_file=str(path), prompt_variants=2)
+    prepare_quietly(data, tmp_path / "run", rollout)
+    assert {"a", "b"} in map(set, read_phrasings(tmp_path / "run", data, rollout, range(4)))
+    with pytest.raises(DataError, match=r"rollout\.prompt_variants: 2 then, 1 now"):
+        prepare_quietly(data, tmp_path / "run", rollout_config(prompt_file=str(path)))
+
+
+def test_damaged_prompts_are_named(tmp_path: Path) -> None:
+    data = data_config(SourceConfig(kind="jsonl", path=str(write_jsonl(tmp_path / "d.jsonl", documents(80)))))
+    rollout = rollout_config(prompt_file=str(write_phrasings(tmp_path / "p.jsonl", 3, 2)))
+    prepare_quietly(data, tmp_path / "run", rollout)
+    (tmp_path / "run" / "data" / "prompts" / "prompts.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"data/prompts: prepared data cannot be read .* delete .*run/data to prepare"):
+        PromptStream(tmp_path / "run", data, rollout, seed=0)

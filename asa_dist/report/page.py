@@ -1,0 +1,240 @@
+"""Puts the page together: texts and tables as HTML, what is drawn as JSON, all scripts within the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from asa_dist import __version__
+from asa_dist.config import ConfigError
+from asa_dist.report.charts import chapters, thinning_note, warmup
+from asa_dist.report.curves import is_number
+from asa_dist.report.happenings import Happening, happenings, marks, table_lines
+from asa_dist.report.run_files import RunFiles, read_run
+from asa_dist.report.samples import read_samples
+from asa_dist.report.settings import MISSING, Setting, settings
+from asa_dist.report.signs import WINDOW, warnings
+from asa_dist.runtime.checkpoint_files import write_atomically
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Writes the report of a run, finished, stopped, crashed or under way: one HTML page, atomically.
+
+    Args:
+        out: where; None: RUN/report.html.
+
+    Returns:
+        where it stands.
+
+    Raises:
+        ConfigError: no run folder, no plotly, or the page cannot be written.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / "report.html" if out is None else Path(out)
+    page = build_page(read_run(run_dir))
+    try:
+        write_atomically(path, page.encode("utf-8", "replace").decode())  # half of a surrogate pair has no encoding
+    except OSError as error:
+        raise ConfigError(f"the report {path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def build_page(run: RunFiles) -> str:
+    """The whole page.
+
+    Raises:
+        ConfigError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ConfigError(f"plotly is not installed: {error}; the report needs it: pip install plotly") from None
+    samples = read_samples(lambda: run.rows("samples.jsonl"))
+    found = happenings(run)
+    curves = chapters(run)
+    data = {
+        "last_step": run.last_step, "chapters": curves, "marks": marks(found), "warmup": warmup(run),
+        "samples": samples,
+    }
+    source = files("asa_dist.report")
+    return Template((source / "page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(f"{_name(run)}: {run.state}"),
+        version=escape(__version__),
+        style=(source / "page.css").read_text(encoding="utf-8"),
+        header=_header(run),
+        warnings=_warnings(run),
+        happenings=_happenings(found),
+        legend_of_marks="deaths, failures and skipped steps in red, resumes and stops in violet",
+        thinning=escape(thinning_note(run)),
+        without_curves="" if curves else "<p>No step has been logged yet.</p>",
+        evals=_evals(run),
+        without_samples="" if samples["groups"] else "<p>No responses have been sampled yet.</p>",
+        config=_config(run),
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        data=_as_script_data(data),
+        plotly=get_plotlyjs(),
+        script=(source / "page.js").read_text(encoding="utf-8"),
+    )
+
+
+def _as_script_data(data: dict[str, Any]) -> str:
+    """JSON that cannot end the script element it stands in, whatever the run has written."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _name(run: RunFiles) -> str:
+    return run.run_dir.resolve().name
+
+
+# --- the header -------------------------------------------------------------------------------------------------
+def _header(run: RunFiles) -> str:
+    figures = "".join(
+        f'<div{" class=bad" if is_bad else ""}><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(more)}</small>'
+        "</dd></div>"
+        for title, value, more, is_bad in _figures(run)
+    )
+    state = run.state
+    return (
+        f'<div class="title"><h1>{escape(_name(run))}</h1><span class="state {state.replace(" ", "-")}">{state}</span>'
+        f"<span>{escape(_steps(run))}</span></div>\n<dl class=figures>{figures}</dl>"
+    )
+
+
+def _steps(run: RunFiles) -> str:
+    worked_on = f"; {run.worked_on_by}" if run.worked_on_by and run.state == "running" else ""
+    return f"step {run.last_step:,} of {run.setting('train.steps'):,}{worked_on}"
+
+
+def _figures(run: RunFiles) -> Iterable[tuple[str, str, str, bool]]:
+    """(title, value, explanation, whether it is bad)."""
+    perplexity, bigram = run.curve("eval/perplexity").last(), run.curve("eval/bigram_perplexity").last()
+    yield ("held-out perplexity", _number(perplexity), f"bigram model of the same tokens: {_number(bigram)}",
+           perplexity > bigram)
+    tau, speed = (run.curve(key).tail_mean(WINDOW) for key in ("trust/tau", "perf/tokens_per_second"))
+    yield f"trust τ, last {WINDOW} steps", _number(tau), "agreement with R_intrinsic, not truth", False
+    since = run.aligned_since
+    yield ("β > 0 since", "–" if since is None else f"step {since:,}",
+           f"β = {run.setting('objective.beta'):g} after the warm-up", False)
+    yield f"tokens per second, last {WINDOW} steps", _number(speed, 0), _trained(run), False
+    yield _ledger(run)
+    yield _checkpoint(run)
+
+
+def _trained(run: RunFiles) -> str:
+    corpus, rollout = run.curve("tokens/corpus").last(), run.curve("tokens/rollout").last()
+    minutes = sum(seconds for seconds in run.curve("time/step_seconds").values if math.isfinite(seconds)) / 60
+    return f"{_number(corpus, 0)} corpus and {_number(rollout, 0)} rollout tokens in {_number(minutes, 1)} minutes"
+
+
+def _ledger(run: RunFiles) -> tuple[str, str, str, bool]:
+    if run.inspection is None:
+        return "ledger", "unknown", "its file cannot be read", True
+    found = run.inspection.ledger
+    is_bad = bool(found.lost or found.repeated)
+    verdict = f"{len(found.lost):,} lost, {len(found.repeated):,} repeated" if is_bad else "nothing lost"
+    more = f"{found.trained:,} trained on{'' if is_bad else ' once each'}, {found.skipped_steps:,} steps skipped"
+    return "ledger of prompts", verdict, more, is_bad
+
+
+def _checkpoint(run: RunFiles) -> tuple[str, str, str, bool]:
+    if run.inspection is None or not run.inspection.checkpoints:
+        return "newest checkpoint", "–", "none yet", False
+    found = run.inspection
+    aside = f", {len(found.set_aside)} damaged set aside" if found.set_aside else ""
+    value = "none usable" if found.step is None else f"step {found.step:,}"
+    return "newest checkpoint", value, f"{len(found.checkpoints)} kept{aside}; sizes checked", found.step is None
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "–"
+
+
+def _warnings(run: RunFiles) -> str:
+    found = warnings(run)
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    return f'<div class="warnings" role="alert"><h2>Look at this first</h2><ul>{items}</ul></div>' if found else ""
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+def _table(heads: Sequence[str], lines: Iterable[str], size: str = "") -> str:
+    head = "".join(f"<th scope=col>{escape(text)}</th>" for text in heads)
+    body = "".join(lines)
+    return f'<div class="scroll {size}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _happenings(found: list[Happening]) -> str:
+    if not found:
+        return "<p>Nothing has been recorded.</p>"
+    lines, left_out = table_lines(found)
+    note = f'<p class="note">{left_out:,} lines from the middle are left out: see events.jsonl.</p>' if left_out else ""
+    return note + _table(("time (UTC)", "step", "what", "details"), map(_happening, lines), "low")
+
+
+def _happening(line: Happening) -> str:
+    step = "" if line.step is None else f"{'≈ ' if line.is_estimated else ''}{line.step:,}"
+    what = line.words + (f" × {line.count:,}, the last:" if line.count > 1 else "")
+    details = line.details + (" (undone: the run went on from an earlier step)" if line.is_undone else "")
+    return (
+        f'<tr class="{line.kind}{" undone" if line.is_undone else ""}">'
+        f"<td class=when>{escape(_readable_time(line.time))}</td><td class=when>{step}</td>"
+        f"<td class=what>{escape(what)}</td><td class=details>{escape(details)}</td></tr>"
+    )
+
+
+def _readable_time(time: str) -> str:
+    try:
+        return f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError):
+        return time
+
+
+def _evals(run: RunFiles) -> str:
+    """Rows of evals.jsonl side by side, oldest first; empty without any."""
+    if not run.evals:
+        return ""
+    keys = dict.fromkeys(key for row in run.evals for key in row if key != "step")
+    heads = ["", *(f"step {row.get('step', '?')}" for row in run.evals)]
+    lines = (
+        f"<tr><td class=key>{escape(key)}</td>"
+        + "".join(f"<td class=number>{escape(_cell(row.get(key)))}</td>" for row in run.evals) + "</tr>"
+        for key in keys
+    )
+    return f"<section id=evals><h2>Evaluations</h2>{_table(heads, lines)}</section>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if is_number(value):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _config(run: RunFiles) -> str:
+    found = settings(run.tree)
+    different = [setting for setting in found if not setting.is_default]
+    heads = ("key", "value", "default")
+    return (
+        f"<h3>What differs from the defaults ({len(different)})</h3>{_table(heads, map(_setting, different))}"
+        f"<details><summary>All {len(found)} settings</summary>{_table(heads, map(_setting, found))}</details>"
+    )
+
+
+def _setting(setting: Setting) -> str:
+    default = "–" if setting.default is MISSING else _yaml(setting.default)
+    return (
+        f"<tr><td class=key>{escape(setting.key)}</td><td class=value>{escape(_yaml(setting.value))}</td>"
+        f"<td class=value>{escape(default)}</td></tr>"
+    )
+
+
+def _yaml(value: Any) -> str:
+    """As a config file would have it, near enough."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,63 @@
+"""Curves: what is read, and what thinning keeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from asa_dist.report.curves import MAX_POINTS, Curve, read_curves, rounded, thin
+
+
+def curve(*values: float | None, first_step: int = 1) -> Curve:
+    result = Curve()
+    for step, value in enumerate(values, start=first_step):
+        result.add(step, value)
+    return result
+
+
+def test_rows_become_curves() -> None:
+    rows = [
+        {"step": 0, "eval/perplexity": 9.0},
+        {"step": 1, "loss/total": 2, "note": "text", "flag": True},
+        {"no step": 1.0},
+        {"step": 2, "loss/total": None},
+        {"step": 3, "loss/total": math.inf, "eval/perplexity": 7.0},
+    ]
+    curves = read_curves(rows)
+    assert list(curves) == ["eval/perplexity", "loss/total"]
+    assert list(curves["eval/perplexity"].steps) == [0, 3] and list(curves["eval/perplexity"].values) == [9.0, 7.0]
+    assert list(curves["loss/total"].steps) == [1, 2, 3] and curves["loss/total"].num_not_finite == 2
+    assert curves["loss/total"].last() == 2.0
+
+
+def test_short_curves_stay_as_they_are() -> None:
+    assert thin(curve(1.0, None, 3.0)) == {"x": [1, 2, 3], "y": [1.0, None, 3.0], "per_point": 1}
+    assert thin(Curve())["y"] == []
+
+
+@pytest.mark.parametrize("num_values", [MAX_POINTS, MAX_POINTS + 1, 12_345, 400_000])
+def test_long_curves_have_a_bounded_number_of_points(num_values: int) -> None:
+    points = thin(curve(*([1.0] * num_values)))
+    assert len(points["x"]) == len(points["y"]) <= MAX_POINTS
+    assert points["per_point"] == -(-num_values // MAX_POINTS) and set(points["y"]) == {1.0}
+
+
+def test_thinning_keeps_means_and_peaks() -> None:
+    points = thin(curve(1.0, 3.0, 100.0, None, None, None, 5.0), max_points=4)
+    assert points == {
+        "x": [1.5, 3.5, 5.5, 7.0], "y": [2.0, 100.0, None, 5.0], "per_point": 2,
+        "low": [1.0, 100.0, None, 5.0], "high": [3.0, 100.0, None, 5.0],
+    }  # fmt: skip
+
+
+def test_means() -> None:
+    values = curve(*map(float, range(10)))  # step s has the value s - 1
+    assert values.tail_mean(4) == 7.5
+    assert values.mean_before(6, 2) == 3.5, "steps 4 and 5"
+    assert values.mean_before(2, 4) == 1.5, "too few before: the first ones"
+    assert math.isnan(Curve().tail_mean(4))
+
+
+def test_numbers_of_the_page_are_short() -> None:
+    assert rounded([1 / 3, 123_456_789.0, math.nan]) == [0.333333, 123_457_000.0, None]
