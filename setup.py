@@ -35,6 +35,7 @@ setup(
         "xxhash>=3",
         "psutil>=7",
         "tqdm>=4",
+        "packaging>=24",
         "plotly>=7,<8",  # the report's curves
     ],
     extras_require={

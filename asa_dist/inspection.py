@@ -107,7 +107,7 @@ def inspect_run(run_dir: Path, *, is_quick: bool, progress: Callable[[str], None
     tree = read_tree(path)
     try:
         num_steps, prompts_per_step = int(tree["train"]["steps"]), int(tree["rollout"]["prompts_per_step"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ConfigError(f"{path}: not the resolved config of a run: train.steps, rollout.prompts_per_step") from None
     try:
         ledger = tally(read_rows(run_dir / "trained.jsonl"), prompts_per_step)

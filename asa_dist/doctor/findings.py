@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 State = Literal["ok", "limited", "not known", "broken"]
-RUN_AGAIN = "run it again, on an idle machine if you can"
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def _obstacle(ability: Ability, findings: Sequence[Finding]) -> Finding | None:
 
 def _to_do(findings: Sequence[Finding]) -> list[str]:
     """Advice on what is broken, what every run needs first; the same advice once."""
-    broken = sorted((finding for finding in findings if finding.state == "broken"), key=lambda found: not found.is_needed)
-    return list(dict.fromkeys(finding.advice for finding in broken if finding.advice))
+    urgent = sorted(findings, key=lambda finding: not finding.is_needed)
+    return list(dict.fromkeys(finding.advice for finding in urgent if finding.advice and finding.state == "broken"))
 
 
 def as_text(findings: Sequence[Finding]) -> str:
@@ -91,18 +90,25 @@ def as_text(findings: Sequence[Finding]) -> str:
 
 
 def _summary(findings: Sequence[Finding]) -> list[str]:
-    possible: dict[bool, list[str]] = {True: [], False: []}
-    in_the_way: dict[Finding, list[str]] = {}
+    can: list[str] = []
+    should: list[str] = []
+    not_known: list[str] = []
+    cannot: dict[Finding, list[str]] = {}
     for ability in ABILITIES:
         obstacle = _obstacle(ability, findings)
-        names = possible[ability.is_tried] if obstacle is None else in_the_way.setdefault(obstacle, [])
-        names.append(ability.name)
-    lines = [f"can: {', '.join(possible[True]) or 'nothing'}"]
-    if possible[False]:
-        lines.append(f"should, but was not tried: {', '.join(possible[False])}")
-    for obstacle, names in in_the_way.items():
-        because = f"{', '.join(names)}, because of {obstacle.name}: {obstacle.found}"
-        lines.append(f"not known: {because}; {RUN_AGAIN}" if obstacle.state == "not known" else f"can't: {because}")
+        if obstacle is None:
+            (can if ability.is_tried else should).append(ability.name)
+        elif obstacle.state == "not known":
+            not_known.append(f"{ability.name} ({obstacle.name})")
+        else:
+            cannot.setdefault(obstacle, []).append(ability.name)
+    lines = [f"can: {', '.join(can) or 'nothing'}"]
+    if should:
+        lines.append(f"should, but was not tried: {', '.join(should)}")
+    if not_known:
+        lines.append(f"not known: {', '.join(not_known)}; run it again, on an idle machine if you can")
+    for obstacle, names in cannot.items():
+        lines.append(f"can't: {', '.join(names)}, because of {obstacle.name}: {obstacle.found}")
     return lines + [f"do: {advice}" for advice in _to_do(findings)]
 
 

@@ -68,10 +68,9 @@ def own_requirements(distribution: str = "asa-dist") -> tuple[list[Requirement],
     extras = [extra for extra in metadata.get_all("Provides-Extra") or [] if extra not in UNUSED_EXTRAS]
     requirements = []
     for line in map(MetadataLine, metadata.get_all("Requires-Dist") or []):
-        for extra in (None, *extras):
-            if line.marker is None or line.marker.evaluate({"extra": extra or ""}):
-                requirements.append(Requirement(line.name.lower(), line.specifier, extra))
-                break
+        wanted_by = [extra for extra in ("", *extras) if line.marker is None or line.marker.evaluate({"extra": extra})]
+        if wanted_by:
+            requirements.append(Requirement(line.name.lower(), line.specifier, wanted_by[0] or None))
     requirements.append(Requirement("triton", SpecifierSet(), "gpu"))
     return requirements, [Finding(distribution, "ok", metadata["Version"], is_needed=True)]
 
@@ -92,19 +91,20 @@ def check_packages(
 
 def check_package(requirement: Requirement, deadline: float) -> Finding:
     """``deadline``: of time.monotonic."""
+    from packaging.version import Version  # it is there: the requirements were read with it
+
     name, is_needed = requirement.name, requirement.is_needed
     try:
-        version = importlib.metadata.version(name)
-        is_supported = requirement.supported.contains(version, prereleases=True)
+        version = Version(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return _missing(requirement)
     except (TypeError, ValueError) as error:  # an interrupted installation leaves no version
         return Finding(name, "broken", f"its metadata cannot be read: {error}", requirement.reinstall, is_needed)
-    found = f"{version} (supported: {requirement.supported})" if requirement.supported else version
+    found = f"{version} (supported: {requirement.supported})" if requirement.supported else str(version)
     context = f"{found}: import {requirement.module}: "
     advice = f"{requirement.reinstall}; the whole error: python -c 'import {requirement.module}'"
     outcome = attempt(["import", requirement.module], deadline)
-    if outcome.state == "ok" and not is_supported:
+    if outcome.state == "ok" and not requirement.supported.contains(version, prereleases=True):
         return Finding(name, "limited", f"{found}: imports, but was never tested", requirement.install, is_needed)
     return outcome.as_finding(name, found, advice, is_needed, context)
 

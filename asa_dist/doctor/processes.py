@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from asa_dist.doctor.findings import RUN_AGAIN, Finding, State
+from asa_dist.doctor.findings import Finding, State
 
 CLEAN_UP_SECONDS = 30.0  # a Ray that is still starting
 GPU_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under Windows
@@ -33,7 +33,7 @@ class Outcome:
         """Says ``success`` if it worked, else ``context`` with the problem; ``advice`` only if it is broken."""
         if self.state == "ok":
             return Finding(name, "ok", success, is_needed=is_needed)
-        return Finding(name, self.state, context + self.text, advice if self.state == "broken" else RUN_AGAIN, is_needed)
+        return Finding(name, self.state, context + self.text, advice if self.state == "broken" else "", is_needed)
 
 
 def has_gpu_driver() -> bool:
@@ -72,7 +72,7 @@ def finish(process: subprocess.Popen[str], deadline: float) -> Outcome:
     if process.returncode < 0:
         return Outcome("broken", f"ended by signal {-process.returncode}")
     said = [line.strip() for line in errors.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
-    return Outcome("not known" if "timed out" in said[-1] else "broken", said[-1])  # Ray gives itself 30 s
+    return Outcome("not known" if "timed out" in said[-1] else "broken", said[-1])  # a raylet gets 30 s from Ray
 
 
 def attempt(arguments: Sequence[str], deadline: float) -> Outcome:

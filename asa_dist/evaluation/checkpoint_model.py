@@ -207,8 +207,8 @@ def _alignment(config: Config, saved: dict[str, Tensor], versions: dict[str, str
     expected = AlignmentState(config.evaluator, hidden_size=0, vocab_size=0).state_dict()
     if differences := sorted(expected.keys() ^ saved.keys()):
         raise CheckpointError(
-            f"written by asa-dist {versions.get('asa_dist', 'of an unknown version')}, whose alignment state is another "
-            f"than this version's: it differs in {', '.join(differences)}"
+            f"its alignment state is not that of this version of asa-dist; they differ in {', '.join(differences)}. "
+            f"Use the version that wrote it: {versions.get('asa_dist', 'unknown')}"
         )
     alignment = AlignmentState(config.evaluator, saved["center_sum_H"].numel(), saved["token_share_V"].numel())
     alignment.load_state_dict(saved)

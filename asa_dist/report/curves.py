@@ -6,7 +6,7 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -69,9 +69,9 @@ def read_curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def step_of(row: Mapping[str, Any], key: str = "step") -> int | None:
-    """A step, policy version or id, 0 … MAX_STEP − 1; None: the row has none that could be one."""
+    """A step, policy version or id: whole, 0 … MAX_STEP − 1. None: the row has none that could be one."""
     step = row.get(key)
-    return int(step) if is_number(step) and 0 <= step < MAX_STEP else None
+    return int(step) if is_number(step) and 0 <= step < MAX_STEP and step % 1 == 0 else None
 
 
 def finite_number(value: Any) -> float:
@@ -83,7 +83,7 @@ def finite_number(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

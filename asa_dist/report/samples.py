@@ -67,9 +67,9 @@ def _sound(rows: Iterable[Row]) -> Iterator[Row]:
     """Rows with what every row has."""
     for row in rows:
         step, responses = step_of(row), row.get("responses")
-        if step is not None and isinstance(row.get("prompt"), str) and isinstance(responses, list):
-            if all(isinstance(response, dict) for response in responses):
-                yield {**row, "step": step}
+        is_group = isinstance(responses, list) and all(isinstance(response, dict) for response in responses)
+        if is_group and step is not None and isinstance(row.get("prompt"), str):
+            yield {**row, "step": step}
 
 
 def _survey(rows: Iterable[Row]) -> Survey:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,10 @@ import pytest
 import torch
 
 from asa_dist.config import ConfigError
+from asa_dist.evaluation import evaluate
 from asa_dist.evaluation.checkpoint_model import open_checkpoint
 from asa_dist.evaluation.evaluate import EVAL_LOG, evaluate_run
-from asa_dist.evaluation.probes import Probe, greedy_sampling, probe_sampling, sample_probes, score_probes
+from asa_dist.evaluation.probes import Probe, greedy_sampling, probe_sampling, sample_probes, score_probes, value_said
 from asa_dist.evaluation.scoring import sample_groups, score_responses
 from asa_dist.runtime.data.prompts import PromptStream
 from tests.real_run import ROOT, Run
@@ -62,6 +65,7 @@ def test_the_numbers_are_those_of_training(trained: Run, copied: Path) -> None:
     compared = {key.partition("/")[0] for key in expected}
     assert compared == {"step", "eval", "reward", "rollout", "trust", "omega"} and len(expected) > 15
     assert row["samples/responses"] == num_samples and row["trust/tau"] > 0
+    assert -1 <= row["reward/certainty"] < 0, "1 + mean token log-probability"
     assert row["eval/perplexity"] != pytest.approx(metrics_of(trained, 4)["eval/perplexity"], rel=1e-3), "it learned"
 
 
@@ -93,6 +97,31 @@ def test_rows_are_appended_as_one_line_of_numbers(copied: Path) -> None:
         assert all(type(value) in (int, float) for value in row.values()), row
 
 
+def test_a_row_that_cannot_be_written_is_known_before_the_work(copied: Path) -> None:
+    (copied / EVAL_LOG).mkdir()
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"evals\.jsonl: the evaluation cannot be written: Is a directory"):
+        evaluate_run(copied, progress=said.append)
+    assert not any("evaluating" in message for message in said)
+
+
+def test_what_is_not_finite_is_null(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "_trust", lambda checkpoint: {"trust/tau": math.nan, "omega/logic": math.inf})
+    row = evaluate_run(copied, num_samples=0)
+    assert row["trust/tau"] is row["omega/logic"] is None and row["eval/perplexity"] > 1
+    assert json.loads((copied / EVAL_LOG).read_text()) == row
+
+
+def test_a_config_that_no_run_has(copied: Path) -> None:
+    path = copied / "config.yaml"
+    path.write_text(path.read_text().replace("alpha: 0.5", "alpha: x").replace("seed:", "sed:"))
+    with pytest.raises(ConfigError) as caught:
+        evaluate_run(copied)
+    assert set(str(caught.value).splitlines()) == {
+        f"{path}: objective.alpha = 'x': input should be a valid number",
+        f"{path}: unknown key 'sed'; did you mean 'seed'?"}
+
+
 def test_probes(copied: Path, tmp_path: Path) -> None:
     """One of three responses to the first probe is true, by choice of the answer; none to the second."""
     checkpoint = open_checkpoint(copied)
@@ -117,6 +146,24 @@ def test_probes(copied: Path, tmp_path: Path) -> None:
         evaluate_run(copied, num_samples=0, probe_file=path)
 
 
+def test_every_phrasing_is_asked_greedily(copied: Path, tmp_path: Path) -> None:
+    """Right is what the likeliest tokens say to one of them, and to no other."""
+    checkpoint = open_checkpoint(copied)
+    tokenizer, rollout = checkpoint.tokenizer(), checkpoint.config.rollout
+    engine = checkpoint.rollout_engine(greedy_sampling(rollout), 0, "cpu")
+    phrasings = ["No. 3: the", "a garden", "winter", "?"]
+    alone = [Probe(prompt=phrasing, answers=["x"]) for phrasing in phrasings]
+    texts = [row[0] for row in score_probes(alone, sample_probes(engine, alone, tokenizer, 20), tokenizer).texts_PG]
+    probes = [Probe(prompt=phrasings[0], variants=phrasings[1:], answers=[text]) for text in texts if text.strip()]
+    right = [[value_said(probe, text) == probe.answers[0] for text in texts] for probe in probes]
+    assert any(not row[0] for row in right), "nothing that the first phrasing alone would miss"
+    path = tmp_path / "probes.jsonl"
+    path.write_text("".join(probe.model_dump_json() + "\n" for probe in probes), encoding="utf-8")
+    row = evaluate_run(copied, num_samples=0, probe_file=path, seed=7)
+    assert row["probes/greedy_truth"] == pytest.approx(sum(map(sum, right)) / (len(probes) * len(texts)))
+    assert row["probes/responses"] == len(probes) * len(phrasings), "of three siblings one phrasing would get none"
+
+
 def test_greedy_and_tempered_answers(run_dir: Path) -> None:
     checkpoint = open_checkpoint(run_dir)
     tokenizer, rollout = checkpoint.tokenizer(), checkpoint.config.rollout
@@ -138,8 +185,10 @@ def test_greedy_and_tempered_answers(run_dir: Path) -> None:
     assert sampled(probe_sampling(rollout, 2, temperature=1e-4), seed=1) == greedy
 
 
-def test_neither_deepspeed_nor_ray_is_loaded(copied: Path, tmp_path: Path) -> None:
+def test_neither_deepspeed_nor_ray_is_needed_and_nothing_is_said(copied: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OTHER_PROCESS, str(copied), str(tmp_path / "export")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}  # as a user has it
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == ""
+    assert ended.stdout == "" and ended.stderr == ""

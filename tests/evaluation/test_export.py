@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +22,7 @@ from asa_dist.config import ConfigError
 from asa_dist.evaluation.checkpoint_model import open_checkpoint
 from asa_dist.evaluation.export import export_run
 from asa_dist.evaluation.scoring import sample_groups, score_responses
+from asa_dist.runtime import checkpoint_files
 from asa_dist.runtime.data.prompts import PromptStream
 from tests.distributed.ranks import run_on_ranks
 from tests.evaluation import trained_models
@@ -126,12 +130,29 @@ def test_what_is_there_is_not_overwritten(run_dir: Path, tmp_path: Path, kind: s
     assert target.is_file() or [path.name for path in target.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("kind", ["the folder you are in", "below a file"])
+def test_a_target_that_cannot_be_is_refused_before_any_work(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    if kind == "the folder you are in":
+        (tmp_path / "file").unlink()
+        with pytest.raises(ConfigError, match=f"{tmp_path} is the folder you are in: choose another"):
+            export_run(run_dir, Path("."), progress=said.append)
+    else:
+        with pytest.raises(ConfigError, match=f"file/a/b: the export cannot be written: .* in {tmp_path}/file"):
+            export_run(run_dir, Path("file/a/b"), progress=said.append)
+    assert said == []
+
+
 def test_a_failed_export_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: object, *arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ConfigError, match="No space left on device"):
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/export: the export cannot be written: No space left on device"):
         export_run(run_dir, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
@@ -145,6 +166,28 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run_dir: Path, tmp_path: 
     assert any("step-00000004: shards/rank-00001.safetensors: its checksum does not match" in line for line in said)
     with pytest.raises(ConfigError, match="no checkpoint that can be used:\n  step-00000004: shards/rank-00001"):
         open_checkpoint(damaged, step=4)
+
+
+def test_a_checkpoint_of_another_version_is_passed_over_and_named(run_dir: Path, tmp_path: Path) -> None:
+    """Sound, but of a time when the alignment state had fewer parts."""
+    run, said = Path(shutil.copytree(run_dir, tmp_path / "run")), list[str]()
+    newest = run / "checkpoints/step-00000004"
+    manifest, partial = checkpoint_files.read_manifest(newest), checkpoint_files.start_partial(run, 5)
+    records = {}
+    for name in manifest.files:
+        content = (newest / name).read_bytes()
+        if name == checkpoint_files.LOOP:
+            state = safetensors.torch.load(content)
+            del state["alignment.token_share_V"]
+            content = safetensors.torch.save(state)
+        records[name] = checkpoint_files.write_file(partial / name, [content])
+    versions = manifest.versions | {"asa_dist": "0.9"}
+    checkpoint_files.complete(run, partial, replace(manifest, step=5, versions=versions, files=records))
+    assert open_checkpoint(run, progress=said.append).step == 4
+    problem = "step-00000005: its alignment state is not .* differ in token_share_V. Use the version that wrote it: 0.9"
+    assert any(re.search(problem, line) for line in said)
+    with pytest.raises(ConfigError, match=problem):
+        open_checkpoint(run, step=5)
 
 
 def test_no_such_step_and_no_run(run_dir: Path, tmp_path: Path) -> None:

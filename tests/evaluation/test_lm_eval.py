@@ -22,12 +22,12 @@ ITEMS = [("No. 3: the", [" river", " valley"]), ("a garden", [" shadow.", " ston
          ("No. 9: copper", [" thread", " market"])]
 
 
-def write_task(folder: Path, data: Path) -> Path:
+def write_task(folder: Path, data: Path, text: str = "{{text}}") -> Path:
     """A folder with one multiple-choice task, called two_words; the first choice is right."""
     folder.mkdir()
     task = {
         "task": "two_words", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "target_delimiter": "",
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": text, "target_delimiter": "",
         "doc_to_choice": "{{choices}}", "doc_to_target": 0,
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
@@ -64,6 +64,29 @@ def test_a_local_task_offline(run_dir: Path, tmp_path: Path, monkeypatch: pytest
     data.unlink()
     with pytest.raises(ConfigError, match="lm-eval, two_words: "):
         evaluate_run(run, num_samples=0, lm_eval_tasks=["two_words"], lm_eval_include=tasks)
+
+
+def test_what_was_measured_stays_if_a_task_fails(run_dir: Path, tmp_path: Path) -> None:
+    """It names a field that its data has not."""
+    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    data = tmp_path / "items.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "choices": choices}) + "\n" for text, choices in ITEMS))
+    tasks = write_task(tmp_path / "tasks", data, "{{question.text}}")
+    with pytest.raises(ConfigError, match="lm-eval, two_words: UndefinedError: 'question' is undefined"):
+        evaluate_run(run, num_samples=0, lm_eval_tasks=["two_words"], lm_eval_include=tasks)
+    row = json.loads((run / EVAL_LOG).read_text())
+    assert row["step"] == 4 and row["eval/perplexity"] > 1 and not any(key.startswith("lm_eval/") for key in row)
+    assert not list(run.glob(".eval-*")), "the export is still there"
+
+
+def test_a_task_file_that_is_no_yaml_is_named(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "sound.yaml").write_text("task: sound\nprocess_docs: !function sound.process\n")
+    (tmp_path / "two_words.yaml").write_text("task: two_words\ntest_split: [test\n")
+    with pytest.raises(ConfigError) as caught:
+        evaluate_run(run_dir, lm_eval_tasks=["two_words"], lm_eval_include=tmp_path)
+    first, second = str(caught.value).splitlines()
+    assert "no lm-eval task called two_words" in first
+    assert f"{tmp_path}/two_words.yaml cannot be read: while parsing a flow sequence" in second
 
 
 def test_unknown_tasks_and_folders(run_dir: Path, tmp_path: Path) -> None:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from asa_dist.config import ConfigError
-from asa_dist.evaluation.probes import Probe, agreement, alignment_metrics, read_probes, score_probes, value_said
+from asa_dist.evaluation.probes import (
+    Probe,
+    agreement,
+    alignment_metrics,
+    read_probes,
+    sample_probes,
+    score_probes,
+    value_said,
+)
 from asa_dist.records import Prompt, Response, RolloutGroup
+from asa_dist.rollout.engine import Engine
 from asa_dist.runtime.data.tokenizer import train_tokenizer
 
 METAL = Probe(prompt="metal?", answers=["iron", "pig iron"], choices=["iron", "pig iron", "gold", "white gold"])
@@ -71,6 +81,21 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_probes(path)
     assert f"{path}, {said}" in str(caught.value)
+
+
+def test_a_phrasing_that_is_too_long_is_named_in_short(tmp_path: Path) -> None:
+    path, text = tmp_path / "probes.jsonl", "word " * 10_000
+    lines = [{"prompt": "a?", "answers": ["x"]}, {"prompt": "b?", "answers": ["x"], "variants": [text]}]
+    path.write_text("\n" + "\n".join(map(json.dumps, lines)), encoding="utf-8")
+    engine = Mock(spec=Engine)
+    tokenizer = train_tokenizer(["a b word ?"], 300)
+    with pytest.raises(ConfigError) as caught:
+        sample_probes(engine, read_probes(path), tokenizer, 40)
+    said = str(caught.value)
+    assert said.startswith(f"{path}, line 3: '{text[:80]}…' has ") and "allowed are 1 to 40: data." in said
+    with pytest.raises(ConfigError, match=r"probe 2: 'word word .* has \d+ tokens"):
+        sample_probes(engine, [OPEN, Probe(prompt=text, answers=["x"])], tokenizer, 40)
+    engine.generate.assert_not_called()
 
 
 def test_no_file_and_an_empty_one(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
-from asa_dist.report.curves import MAX_POINTS, Curve, read_curves, rounded, thin
+from asa_dist.report.curves import MAX_POINTS, MAX_STEP, Curve, finite_number, read_curves, rounded, step_of, thin
 
 
 def curve(*values: float | None, first_step: int = 1) -> Curve:
@@ -29,6 +30,23 @@ def test_rows_become_curves() -> None:
     assert list(curves["eval/perplexity"].steps) == [0, 3] and list(curves["eval/perplexity"].values) == [9.0, 7.0]
     assert list(curves["loss/total"].steps) == [1, 2, 3] and curves["loss/total"].num_not_finite == 2
     assert curves["loss/total"].last() == 2.0
+
+
+@pytest.mark.parametrize("step", [None, "3", True, -1, 2.5, math.nan, math.inf, 1e300, MAX_STEP, 2**63, 10**400])
+def test_what_can_be_no_step(step: Any) -> None:
+    assert step_of({"step": step}) is None and read_curves([{"step": step, "loss/total": 1.0}]) == {}
+
+
+def test_steps_and_numbers() -> None:
+    assert step_of({"step": 3.0}) == 3 and step_of({"version": 0}, "version") == 0
+    assert step_of({"step": MAX_STEP - 1}) == MAX_STEP - 1
+    assert finite_number(3) == 3.0 and finite_number(-0.5) == -0.5
+    assert all(math.isnan(finite_number(value)) for value in (None, "1", True, math.nan, -math.inf, 10**400))
+
+
+def test_the_largest_numbers() -> None:
+    points = thin(curve(1e308, 1e308, 10**400, 1.0, first_step=MAX_STEP - 4), max_points=2)
+    assert points["y"] == [None, 1.0] and points["x"] == rounded([MAX_STEP, MAX_STEP])
 
 
 def test_short_curves_stay_as_they_are() -> None:

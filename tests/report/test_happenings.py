@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from asa_dist.report import write_report
 from asa_dist.report.happenings import DIED, MAX_LINES, MAX_MARKS, happenings, marks, table_lines
 from asa_dist.report.run_files import read_run
 from asa_dist.runtime.run_lock import hold_run_folder
@@ -67,6 +68,17 @@ def test_many_events_stay_readable(tmp_path: Path, names: list[str]) -> None:
         assert left_out == 0 and lines[1].count == 1000
     else:
         assert left_out == 2002 - MAX_LINES
+
+
+@pytest.mark.parametrize("step", [2**63, 10**400, True, -1, "5"])
+def test_steps_that_no_run_writes_are_estimated(tmp_path: Path, step: Any) -> None:
+    run = write_report_run(
+        tmp_path / "run", 60, STARTED, event("checkpoint", 4, step=40, bytes=10**400),
+        event("worker_died", 6, step=step), event("checkpoint", 8, step=60, bytes="many"), end("finished", 60),
+        {"time": "0001-01-01T00:00:00+14:00", "event": "worker_started"})  # fmt: skip
+    found = happenings(read_run(run))
+    assert [happening.step for happening in found] == [0, 40, 50, 60, 60, None] and found[2].is_estimated
+    assert write_report(run).is_file()
 
 
 def test_events_that_no_run_writes(tmp_path: Path) -> None:

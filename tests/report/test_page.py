@@ -165,6 +165,41 @@ def test_a_run_from_elsewhere(tmp_path: Path) -> None:
     assert "/nowhere/prompts.jsonl" in report(run).text
 
 
+@pytest.mark.parametrize(("text", "said"), [
+    ("train: {steps: abc}", "train.steps = 'abc': Input should be a valid integer"),
+    ("objective: {beta: y}", "objective.beta = 'y': Input should be a valid number"),
+    ("objective: {beta: .nan}", "objective.beta = nan: Input should be a finite number"),
+    ("train: 5", "train = 5: Input should be"),
+    ("{3: 4, seed: 2000-01-01}", "seed = datetime.date(2000, 1, 1): Input should be a valid integer"),
+    ("rollout: {responses_per_prompt: [8]}", "rollout.responses_per_prompt = [8]: "),
+])  # fmt: skip
+def test_a_config_with_wrong_values(tmp_path: Path, text: str, said: str) -> None:
+    """What can be shown is shown, the default instead of them, and they are named."""
+    run = write_report_run(tmp_path / "run")
+    (run / "config.yaml").write_text(text)
+    page = report(run)
+    assert f"config.yaml: {said}" in page.text and "Look at this first" in page.text
+    assert "step 100 of 400,000" in page.text and "β = 0.4" in page.text
+
+
+def test_values_beyond_every_float(tmp_path: Path) -> None:
+    run = write_report_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 101, "loss/total": {10**400}}}\n{{"step": 1e300, "loss/total": 1.0}}\n'
+                   f'{{"step": {2**63}, "loss/total": 1.0}}\n')
+    with (run / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(sample(101) | {"tau": float("nan")}) + "\n")
+    write_rows(run, "evals", {"step": 10**400, "eval/perplexity": 10**400, "trust/tau": float("inf")})
+    data = report(run).data
+    assert data["last_step"] == 101 and data["samples"]["groups"][-1]["tau"] is None
+
+
+def test_without_plotly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ConfigError, match=r"plotly is not installed: .*: pip install plotly"):
+        write_report(write_report_run(tmp_path / "run"))
+
+
 def test_where_it_is_written(tmp_path: Path) -> None:
     run = write_report_run(tmp_path / "run")
     out = tmp_path / "elsewhere.html"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 import pytest
 
-from asa_dist.report.samples import ALL_PROMPTS, MAX_CHARACTERS, MAX_RESPONSES, read_samples
+from asa_dist.report.samples import ALL_PROMPTS, FIRST_TERMS, MAX_CHARACTERS, MAX_RESPONSES, read_samples
 from tests.report.report_runs import sample
 
 
@@ -54,6 +56,27 @@ def test_long_texts_are_cut() -> None:
     assert text == "x" * MAX_CHARACTERS + " … (cut here: 10,000 characters)"
 
 
-@pytest.mark.parametrize("row", [{}, {"step": 1}, {"step": 1, "prompt": "a", "responses": ["text"]}])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, "x", [1], None])
+def test_values_that_no_run_writes_are_missing(value: Any) -> None:
+    row = sample(1, "Once", "a", self=value) | {"tau": value, "prompt_id": value}
+    row["responses"][0]["version"] = value
+    found = read_samples(lambda: [row, sample(2, "Once", "a")])
+    group = found["groups"][0]
+    response = group["responses"][0]
+    assert [group["tau"], group["prompt_id"], response["version"]] == [None] * 3
+    assert response["values"][found["terms"].index("self")] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_all_terms_of_the_rewards_have_their_place() -> None:
+    """As training names them; a term that is not named in FIRST_TERMS stands behind all that are."""
+    names = "logic fact behav self fact_score uncertainty self_consistency coherence quality certainty intrinsic used"
+    found = read_samples(lambda: [sample(1, "Once", "a", **dict.fromkeys([*names.split(), "advantage"], 0.5))])
+    assert found["terms"] == [*FIRST_TERMS, "signal/fluency"]
+
+
+@pytest.mark.parametrize("row", [
+    {}, {"step": 1}, {"step": 1, "prompt": "a", "responses": ["text"]}, {"step": 1e300, "prompt": "a", "responses": []},
+])  # fmt: skip
 def test_rows_that_no_run_writes_are_left_out(row: dict[str, Any]) -> None:
     assert read_samples(lambda: [row])["groups"] == []
