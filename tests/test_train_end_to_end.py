@@ -84,7 +84,7 @@ def test_self_alignment_takes_part(finished: Run) -> None:
 def test_run_folder(finished: Run) -> None:
     kept_by_the_run = {"data", "model"}  # the tokenised corpus; the trunk's configuration, for workers
     names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "trained.jsonl", "events.jsonl", "checkpoints",
-             "tokenizer"}
+             "tokenizer", "report.html"}
     assert {path.name for path in finished.run_dir.iterdir()} == names | kept_by_the_run
     resolved = load_config(finished.run_dir / "config.yaml")
     assert resolved == load_config(TINY, [f"data.sources.0.path={resolved.data.sources[0].path}"])
