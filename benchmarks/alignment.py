@@ -2,6 +2,7 @@
 
     python benchmarks/alignment.py --out benchmarks/alignment.json      every arm, 3 seeds, 2 worlds; within an hour
     python benchmarks/alignment.py --short                              (a) and (b), one seed; within 5 minutes
+    python benchmarks/alignment.py --ablations --out FILE               (b) without one of its parts each
     python benchmarks/alignment.py --work runs/alignment                keeps the runs, and goes on with what is there
 
 Every arm is an `asa train` of alignment.yaml (ZeRO-3, Ray) with settings of its own, on the same corpus rows; (e) is
@@ -26,14 +27,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from alignment_runs import ARMS, CONFIG, Comparison, Run, differences_from_defaults, resolved
+from alignment_runs import ABLATIONS, ARMS, CONFIG, Comparison, Run, differences_from_defaults, resolved
 from live_run import when_and_where
 from world import QUESTIONS, World, WorldConfig
 
 from asa_dist.config import ConfigError
 
-FALSE_MAJORITIES = {0.0: "abcdefg", 0.1: "abdef"}  # the worlds of a full comparison, and the arms in them
-SHORT_ARMS, SHORT_SETTINGS = "ab", ("train.steps=600", "evaluator.max_warmup_steps=300")
+FALSE_MAJORITIES = {0.0: tuple("abcdefg"), 0.1: tuple("abdef")}  # the worlds of a full comparison, and the arms in them
+SHORT_ARMS, SHORT_SETTINGS = ("a", "b"), ("train.steps=600", "evaluator.max_warmup_steps=300")
 SHORT_MARGIN = 0.05  # of truth at T = 1, that (b) must be ahead by
 FIRST_SEEDS = [10, 11, 12]
 TUNING = "settings were chosen on seeds 0 and 1 (b); (f) and (g) had no tuning of their own"
@@ -44,8 +45,10 @@ def runs_of(options: argparse.Namespace, root: Path) -> list[Run]:
     """Seed by seed, so that an interrupted comparison is one of fewer seeds."""
     if options.short:
         worlds = {0.0: SHORT_ARMS}
+    elif options.ablations:
+        worlds = {0.0: ("b", "d", *ABLATIONS)}
     elif options.false_majority is not None:
-        worlds = {options.false_majority: "".join(ARMS)}
+        worlds = {options.false_majority: tuple(arm for arm in ARMS if arm not in ABLATIONS)}
     else:
         worlds = FALSE_MAJORITIES
     chosen = options.arms or list(ARMS)
@@ -134,6 +137,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--jobs", type=positive, default=2, help="runs at once; each takes about a core")
     parser.add_argument("--work", type=Path, help="folder for the runs; finished ones in it are not repeated")
     parser.add_argument("--out", type=Path, help="file for the JSON; the picture goes beside it, as .svg")
+    parser.add_argument("--ablations", action="store_true", help="instead: (b), (d), and (b) without one part each")
     parser.add_argument("--short", action="store_true", help="arms a and b, first seed: does alignment work at all?")
     options = parser.parse_intermixed_args(arguments)
     if options.short:
@@ -165,6 +169,8 @@ def compare(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         ConfigError: before any run: settings that are none.
     """
     runs = runs_of(options, root)
+    if not runs:
+        raise ConfigError(f"none of the arms {', '.join(options.arms)} is part of this comparison")
     check_worlds(runs, is_smoke=options.short or options.steps is not None)
     comparison, started = Comparison(runs, options.jobs), time.monotonic()
     comparison.complete()

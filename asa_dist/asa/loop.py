@@ -251,13 +251,23 @@ class AsaLoop:
         }
 
     def load_state_dict(self, finished: int, state: dict[str, Tensor]) -> None:
-        """Goes on after ``finished`` steps, with what :meth:`state_dict` gave then."""
+        """Goes on after ``finished`` steps, with what :meth:`state_dict` gave then.
+
+        Raises:
+            TrainingError: what another version of this loop gave.
+        """
 
         def part(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
+        try:
+            self.state.load_state_dict(part("alignment"))
+        except RuntimeError as error:
+            difference = " ".join(str(error).split())
+            raise TrainingError(
+                f"the checkpoint after {finished} steps is of another version of asa-dist: {difference}"
+            ) from None
         self.finished = self.saved = finished
-        self.state.load_state_dict(part("alignment"))
         self.corpus.load_state_dict(part("corpus"))
         self.counters = {name: float(value) for name, value in part("counters").items()}
 

@@ -111,6 +111,13 @@ def test_tokens_weigh_what_the_steps_before_say(tmp_path: Path, token_weights: s
     assert (weights[0] == 1).all() and len(weights) == 3
 
 
+def test_the_state_of_another_version_is_named(tmp_path: Path) -> None:
+    state = local_run(config(), tmp_path / "a").loop.state_dict()
+    del state["alignment.token_share_V"]
+    with pytest.raises(TrainingError, match=r"after 2 steps is of another version .*token_share_V"):
+        local_run(config(), tmp_path / "b").loop.load_state_dict(2, state)
+
+
 def losses(run: LocalRun) -> list[float]:
     return [row["loss/total"] for row in run.recorder.rows if "loss/total" in row]
 
