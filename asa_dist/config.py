@@ -141,6 +141,7 @@ class EvaluatorConfig(Section):
     running_mean_decay: float = Field(0.9, ge=0.0, lt=1.0, description="decay per step of the running means (centre of states, meta features)")
     token_weights: Literal["informative", "uniform"] = Field("informative", description="what a token counts in the overlap of siblings: informative = (log of the share of responses that contain it)²; uniform = 1, plain multiset F1")
     token_share_decay: float = Field(0.98, ge=0.0, lt=1.0, description="decay per step of these shares")
+    substance: float = Field(0.05, ge=0.0, description="both rewards are multiplied by t / (t + this), t the weights of a response's tokens added up: who says next to nothing earns next to nothing; 0 = off")
     vote_sharpness: float = Field(4.0, ge=0.0, le=100.0, description="in SelfConsistency a sibling counts as its mean token probability, of what is informative, to this power; 0 = all alike")
     intrinsic: IntrinsicConfig = Field(IntrinsicConfig(), description="weights of the terms of R_intrinsic")
 

@@ -51,13 +51,14 @@ ARMS = {
     "c": Arm("the paper's letter", (
         "evaluator.trust=always", "evaluator.max_warmup_steps=0", "evaluator.embedding=raw",
         "evaluator.omega_floor=0.0", "evaluator.token_weights=uniform", "evaluator.vote_sharpness=0.0",
-        "objective.beta=0.4", "objective.advantage=none", "objective.phi_self_align=paper",
+        "evaluator.substance=0.0", "objective.beta=0.4", "objective.advantage=none", "objective.phi_self_align=paper",
         "objective.meta_loss=paper", "objective.importance=none", "objective.embedding_loss_weight=0.0",
         "objective.indicator_loss_weight=0.0", "objective.principle_loss_weight=0.0")),
     # (b) without one of its parts each
     "b-phrasings": Arm("(b), one phrasing a group", ("rollout.prompt_variants=1",)),
     "b-weights": Arm("(b), all tokens weigh alike", ("evaluator.token_weights=uniform",)),
     "b-votes": Arm("(b), all siblings count alike", ("evaluator.vote_sharpness=0.0",)),
+    "b-substance": Arm("(b), who says nothing earns as well", ("evaluator.substance=0.0",)),
     "b-meta": Arm("(b), L_meta on the rewards as they are", ("objective.meta_loss=paper",)),
     "b-self-align": Arm("(b), no alignment term for φ", ('objective.phi_self_align="off"',)),
     "b-uncertainty": Arm("(b), no penalty on uncertainty", ("evaluator.uncertainty_weight=0.0",)),

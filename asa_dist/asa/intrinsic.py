@@ -142,9 +142,16 @@ def intrinsic_reward(
     mean_logprob_PG: Tensor,
     f1_PGG: Tensor,
     vote_PGG: Tensor,
+    substance_PG: Tensor,
     config: EvaluatorConfig,
 ) -> IntrinsicReward:
-    """Equation 12, with weights; ``f1_PGG`` is the token F1 of siblings, ``vote_PGG`` what each counts."""
+    """Equation 12, with weights, of what has substance.
+
+    Args:
+        f1_PGG: token F1 of siblings.
+        vote_PGG: what each counts.
+        substance_PG: how much each response says, in [0, 1].
+    """
     has_content_PG = (groups.content_length_PG > 0).float()
     inputs = SignalInputs(groups, states, mean_logprob_PG)
     signal_PGM = torch.stack(
@@ -155,7 +162,7 @@ def intrinsic_reward(
     quality_PG = signal_PGM.mean(-1)
     certainty_PG = (1 + mean_logprob_PG).clamp(min=MIN_CERTAINTY) * has_content_PG
     weights = config.intrinsic
-    total_PG = (
+    total_PG = substance_PG * (
         weights.self_consistency * self_consistency_PG
         + weights.coherence * coherence_PG
         + weights.quality * quality_PG

@@ -144,6 +144,21 @@ def content_logprob(logprob_N: Tensor, batch: MicroBatch, weight_V: Tensor) -> T
     return sum_per_response(weight_N * logprob_N, batch.responses, says_N) / (1 + total_PG)
 
 
+def substance(groups: GroupTensors, weight_V: Tensor, half: float) -> Tensor:
+    """How much each response says, in [0, 1], float32 [P, G]; 0 without content.
+
+    Without it a full stop followed by end-of-text is the best answer to everything: complete, fluent, free of
+    repetition, and what all siblings say.
+
+    Args:
+        half: total weight of its tokens at which a response gets 1/2; 0: 1 whatever it says.
+    """
+    position_T = torch.arange(groups.content_PGT.shape[-1], device=weight_V.device)
+    inside_PGT = position_T < groups.content_length_PG.unsqueeze(-1)
+    total_PG = (weight_V[groups.content_PGT] * inside_PGT).sum(-1)
+    return torch.where(total_PG > 0, total_PG / (total_PG + half), 0.0)
+
+
 def group_advantage(used_PG: Tensor, kind: Literal["group_mean", "group_norm", "leave_one_out"]) -> Tensor:
     """Rewards relative to their group, [P, G]."""
     centred_PG = used_PG - used_PG.mean(1, keepdim=True)
@@ -192,10 +207,11 @@ def score_groups(
     mean_logprob_PG = sum_per_response(scores.logprob_N, groups) / length_PG
     mean_entropy_PG = sum_per_response(scores.entropy_N, groups) / length_PG
     f1_PGG = token_f1(groups.content_PGT, groups.content_length_PG, weight_V)
-    own = self_reward(heads, groups, mean_entropy_PG, len(weight_V), evaluator.uncertainty_weight)
+    substance_PG = substance(groups, weight_V, evaluator.substance)
+    own = self_reward(heads, groups, mean_entropy_PG, len(weight_V), evaluator.uncertainty_weight, substance_PG)
     said_PG = content_logprob(scores.logprob_N.detach(), batch, weight_V)
     vote_PGG = sibling_votes(said_PG, groups.content_length_PG, evaluator.vote_sharpness)
-    intrinsic = intrinsic_reward(groups, states, mean_logprob_PG.detach(), f1_PGG, vote_PGG, evaluator)
+    intrinsic = intrinsic_reward(groups, states, mean_logprob_PG.detach(), f1_PGG, vote_PGG, substance_PG, evaluator)
     self_PG = own.total(omega_3)
     used_PG = used_reward(self_PG.detach(), intrinsic.total_PG, coefficients.tau)
     if objective.advantage == "none":  # the paper's A = R has no z-score
@@ -361,6 +377,7 @@ def reward_terms(scored: ScoredGroups, principles: Sequence[str]) -> dict[str, T
         "self": scored.self_PG,
         "fact_score": own.fact_score_PG,
         "uncertainty": own.uncertainty_PG,
+        "substance": own.substance_PG,
         "self_consistency": intrinsic.self_consistency_PG,
         "coherence": intrinsic.coherence_PG,
         "quality": intrinsic.quality_PG,

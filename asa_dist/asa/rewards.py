@@ -21,10 +21,13 @@ class SelfReward:
     behav_PG: Tensor
     fact_score_PG: Tensor
     uncertainty_PG: Tensor
+    substance_PG: Tensor
 
     def total(self, omega_3: Tensor) -> Tensor:
-        """Equation 10."""
-        return omega_3[0] * self.logic_PG + omega_3[1] * self.fact_PG + omega_3[2] * self.behav_PG
+        """Equation 10, of what has substance."""
+        return self.substance_PG * (
+            omega_3[0] * self.logic_PG + omega_3[1] * self.fact_PG + omega_3[2] * self.behav_PG
+        )
 
 
 def fact_score(verified_C: Tensor, groups: GroupTensors) -> Tensor:
@@ -41,12 +44,14 @@ def self_reward(
     mean_entropy_PG: Tensor,
     vocab_size: int,
     uncertainty_weight: float,
+    substance_PG: Tensor,
 ) -> SelfReward:
     """The three terms of R_self.
 
     Args:
         mean_entropy_PG: mean token entropy of each response, nats, detached.
         uncertainty_weight: λ of equation 7.
+        substance_PG: how much each response says, in [0, 1].
     """
     has_content_PG = (groups.content_length_PG > 0).float()
     fact_score_PG = fact_score(heads.verified_C, groups) * has_content_PG
@@ -57,4 +62,5 @@ def self_reward(
         behav_PG=(heads.behaviour_PGM @ heads.behaviour_weight_M) * has_content_PG,
         fact_score_PG=fact_score_PG,
         uncertainty_PG=uncertainty_PG,
+        substance_PG=substance_PG,
     )

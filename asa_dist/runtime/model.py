@@ -8,7 +8,7 @@ forward of the module that owns it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class AsaModel(nn.Module):
         )
 
     def self_reward(
-        self, evaluated: tuple[Any, ...], groups: GroupTensors, uncertainty_PG: Tensor, omega_3: Tensor
+        self, evaluated: tuple[Any, ...], groups: GroupTensors, terms: Mapping[str, Tensor], omega_3: Tensor
     ) -> Tensor:
         """R_self [P, G] with φ as it is now, of responses that a forward has scored before (to observe, not to train).
 
@@ -118,12 +118,14 @@ class AsaModel(nn.Module):
 
         Args:
             evaluated: the evaluator's arguments in that forward.
-            uncertainty_PG, omega_3: what ψ and ξ contributed to that forward's R_self.
+            terms: of that forward's rewards; ψ's share in them is taken over.
+            omega_3: ξ's share.
         """
         heads = self.evaluator.forward(*evaluated)
-        mean_entropy_PG = uncertainty_PG * math.log(self.vocab_size)
+        mean_entropy_PG = terms["uncertainty"] * math.log(self.vocab_size)
         weight = self._evaluator_config.uncertainty_weight
-        return self_reward(heads, groups, mean_entropy_PG, self.vocab_size, weight).total(omega_3)
+        rewards = self_reward(heads, groups, mean_entropy_PG, self.vocab_size, weight, terms["substance"])
+        return rewards.total(omega_3)
 
     def token_scores(self, batch: MicroBatch, final_NH: Tensor) -> TokenScores:
         """Log-probabilities and entropies of the batch's targets."""

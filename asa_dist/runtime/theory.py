@@ -101,7 +101,7 @@ class StepObserver:
         with deepspeed.zero.GatheredParameters(list(self.model.evaluator.parameters())):
             for arguments, batch, terms in zip(evaluated, batches, result.terms, strict=True):
                 groups = batch.responses.to(omega_3.device)
-                now_PG = self.model.self_reward(arguments, groups, terms["uncertainty"], omega_3)
+                now_PG = self.model.self_reward(arguments, groups, terms, omega_3)
                 changes.append(now_PG - terms["self"])
         return _largest(changes)
 

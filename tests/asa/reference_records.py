@@ -87,6 +87,7 @@ class RefConfig:
     token_weights: str = "informative"
     token_share_decay: float = 0.98
     vote_sharpness: float = 4.0
+    substance: float = 0.05
     intrinsic: dict[str, float] = field(
         default_factory=lambda: {"self_consistency": 1.0, "coherence": 1.0, "quality": 1.0, "certainty": 0.0}
     )
@@ -133,6 +134,7 @@ class RefTerms:
     signals: dict[str, float] = field(default_factory=dict)
     quality: float = 0.0
     certainty: float = 0.0
+    substance: float = 0.0
     intrinsic: float = 0.0
     self_reward: float = 0.0
     used: float = 0.0  # R_used, of z-scores

@@ -171,12 +171,15 @@ def group_terms(
             logit = float(params.principle_MD[m] @ embeddings[i]) + params.principle_bias_M[m]
             term.behaviour_scores[name] = sigmoid(logit)
             term.behav += principle_weights[m] * sigmoid(logit)
+        said = sum(float(weight_V[token]) for token in contents[i])
+        term.substance = said / (said + config.substance)
         term.self_reward = omega[0] * term.logic + omega[1] * term.fact + omega[2] * term.behav
+        term.self_reward *= term.substance
 
         coherence = coherences[i]
         term.coherence = group_coherence if coherence is None else coherence
         term.signals = signals_of(response, prompt_of(group, i), state, config, tables)
         term.quality = mean(list(term.signals.values()))
         term.certainty = 1 + max(mean(response.logprob), -2.0)
-        term.intrinsic = weighted_intrinsic(term, config.intrinsic)
+        term.intrinsic = term.substance * weighted_intrinsic(term, config.intrinsic)
     return terms, pairs

@@ -50,6 +50,7 @@ TERMS = {
     "coherence": "coherence",
     "quality": "quality",
     "certainty": "certainty",
+    "substance": "substance",
     "intrinsic": "intrinsic",
     "used": "used",
     "advantage": "advantage",
@@ -281,6 +282,7 @@ CASES = [
             "uncertainty_weight": 0.1,
             "principles": ["non_repetition", "fluency"],
             "vote_sharpness": 0.0,
+            "substance": 0.0,
             "token_share_decay": 0.5,
             "intrinsic": {"self_consistency": 2.0, "coherence": 0.5, "quality": 0.0, "certainty": 0.7},
         },
@@ -298,6 +300,7 @@ CASES = [
         {
             "trust": "never",
             "vote_sharpness": 10.0,
+            "substance": 1.5,
             "intrinsic": {"self_consistency": 1.0, "coherence": 0.0, "quality": 0.3, "certainty": 1.0},
         },
         {},

@@ -71,7 +71,9 @@ def _pair_of_responses() -> RefGroup:
 
 
 def _step(groups: list[RefGroup], params: RefParams = PARAMS, state: RefState = STATE, **knobs: Any) -> RefResult:
-    return reference_step(groups, params, state, RefConfig(**knobs), TABLES, corpus_logprobs=[-1.0, -3.0])
+    """Without ``substance``, which would be a factor in every figure, unless it is asked for."""
+    config = RefConfig(**{"substance": 0.0} | knobs)
+    return reference_step(groups, params, state, config, TABLES, corpus_logprobs=[-1.0, -3.0])
 
 
 # --- a group of two, worked by hand ----------------------------------------------------------------------------
@@ -193,6 +195,20 @@ def test_votes_and_token_weights() -> None:
     assert terms[3].self_consistency == 0
     uniform = _step([group], state=state, token_weights="uniform", vote_sharpness=0.0).terms[0]
     assert uniform[0].self_consistency == pytest.approx((2 / 3 + 2 / 5) / 2)
+
+
+def test_who_says_little_earns_little() -> None:
+    """Token 10 weighs 1, the full stop nothing to speak of."""
+    share_V = np.full(VOCAB, 1e-3)
+    share_V[FULL_STOP] = 1.0
+    responses = [_response(tokens, (1.0, 0.0)) for tokens in ([10, 10, END], [FULL_STOP, END])]
+    group = RefGroup(np.array([[1.0, 0.0]]), responses)
+    state = replace(STATE, share_history=[share_V])
+    plain, graded = (_step([group], state=state, substance=half).terms[0] for half in (0.0, 0.5))
+    for before, after, factor in zip(plain, graded, (2 / 2.5, 1e-6 / (1e-6 + 0.5)), strict=True):
+        assert after.substance == pytest.approx(factor)
+        assert after.intrinsic == pytest.approx(factor * before.intrinsic) and before.intrinsic > 0.1
+        assert after.self_reward == pytest.approx(factor * before.self_reward) and before.self_reward > 0.1
 
 
 def test_siblings_are_relevant_to_the_phrasing_they_answer() -> None:
