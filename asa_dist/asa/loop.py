@@ -83,6 +83,11 @@ class Checkpoints(Protocol):
 
 
 LARGEST_EXPONENT = 700.0  # of exp in float64
+def part_of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """``alignment``, ``corpus`` or ``counters`` of ``AsaLoop.state_dict``, without that word before the names."""
+    return {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
+
+
 COUNTERS = ("tokens/corpus", "tokens/rollout", "train/skipped_steps")
 
 
@@ -256,20 +261,16 @@ class AsaLoop:
         Raises:
             TrainingError: what another version of this loop gave.
         """
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-
         try:
-            self.state.load_state_dict(part("alignment"))
+            self.state.load_state_dict(part_of(state, "alignment"))
         except RuntimeError as error:
             difference = " ".join(str(error).split())
             raise TrainingError(
                 f"the checkpoint after {finished} steps is of another version of asa-dist: {difference}"
             ) from None
         self.finished = self.saved = finished
-        self.corpus.load_state_dict(part("corpus"))
-        self.counters = {name: float(value) for name, value in part("counters").items()}
+        self.corpus.load_state_dict(part_of(state, "corpus"))
+        self.counters = {name: float(value) for name, value in part_of(state, "counters").items()}
 
     # --- one step -----------------------------------------------------------------------------------------------
     def _batches(

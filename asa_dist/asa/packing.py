@@ -64,7 +64,6 @@ class GroupTensors(_TensorRecord):
     finished_PG: Tensor  # bool
     ends_sentence_PG: Tensor  # bool: finished, and the last visible character is . ! ?
     prompt_id_P: Tensor  # int64
-    variant_G: Tensor  # int64: number of the phrasing that sibling g of every group answers
     age_P: Tensor  # float32, steps between the oldest weights used and the ones trained
 
 
@@ -255,7 +254,6 @@ def _group_tensors(
         finished_PG=per_response([response.finished for response in responses]),
         ends_sentence_PG=per_response([_ends_sentence(response, tables) for response in responses]),
         prompt_id_P=torch.tensor([group.prompt.prompt_id for group in groups]),
-        variant_G=torch.tensor([groups[0].prompt.variant_of(sibling) for sibling in range(len(groups[0].responses))]),
         age_P=torch.tensor([float(version - group.oldest_version) for group in groups]),
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from asa_dist.asa.loop import part_of
 from asa_dist.asa.objective import GlobalCounts, StepInputs, step_inputs
 from asa_dist.asa.trust import AlignmentState
 from asa_dist.config import Config, ConfigError, ModelConfig, RolloutConfig, build_config
@@ -213,10 +214,3 @@ def _alignment(config: Config, saved: dict[str, Tensor], versions: dict[str, str
     alignment = AlignmentState(config.evaluator, saved["center_sum_H"].numel(), saved["token_share_V"].numel())
     alignment.load_state_dict(saved)
     return alignment
-
-
-def part_of(loop_state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """``alignment``, ``corpus`` or ``counters`` (see ``AsaLoop.state_dict``), without that word before the names."""
-    return {
-        name.removeprefix(f"{part}."): value for name, value in loop_state.items() if name.startswith(f"{part}.")
-    }

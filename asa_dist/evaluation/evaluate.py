@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asa_dist.asa.loop import LARGEST_EXPONENT
+from asa_dist.asa.loop import LARGEST_EXPONENT, part_of
 from asa_dist.config import ConfigError
 from asa_dist.evaluation import probes as probing
-from asa_dist.evaluation.checkpoint_model import CheckpointModel, default_device, open_checkpoint, part_of
+from asa_dist.evaluation.checkpoint_model import CheckpointModel, default_device, open_checkpoint
 from asa_dist.evaluation.export import omega, write_export
 from asa_dist.evaluation.lm_eval import find_tasks, run_lm_eval
 from asa_dist.evaluation.scoring import ScoredResponses, counts_of, sample_groups, score_responses

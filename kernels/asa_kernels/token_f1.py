@@ -49,8 +49,8 @@ def _number_repetitions(tokens_PGT: Tensor, inside_PGT: Tensor) -> Tensor:
 def token_f1(tokens_PGT: Tensor, lengths_PG: Tensor, weight_V: Tensor) -> Tensor:
     """Weighted multiset token F1 of every pair of siblings.
 
-    Takes 4·P·G·U bytes for the membership rows (U ≤ G·T; about the group's vocabulary, as few tokens repeat) and
-    some int64 tensors of size P·G·T.
+    Takes 8·P·G·U bytes for the membership rows, plain and weighted (U ≤ G·T; about the group's vocabulary, as few
+    tokens repeat), and some int64 tensors of size P·G·T.
 
     Args:
         tokens_PGT: integer token ids; what stands beyond a response's length is never looked at.

@@ -76,11 +76,9 @@ def test_marks_lead_back_to_the_responses(num_variants: int) -> None:
         batch.target_RT.flatten(),
         batch.position_ids_RT.flatten(),
     )
-    assert tensors.variant_G.dtype == torch.int64
-    assert tensors.variant_G.tolist() == [sibling % (1 + num_variants) for sibling in range(6)]
     for index, (group, response) in enumerate((g, r) for g in groups for r in g.responses):
         assert ids_N[tensors.response_N == index].tolist() == response.token_ids.tolist()
-        phrasing = group.prompt.phrasings[int(tensors.variant_G[index % 6])]
+        phrasing = group.prompt.phrasings[index % 6 % (1 + num_variants)]
         assert ids_N[tensors.prompt_N == index].tolist() == phrasing.tolist()
         predicting_N = tensors.predicts_N == index
         assert target_N[predicting_N].tolist() == response.token_ids.tolist()
@@ -110,9 +108,8 @@ def test_join_keeps_both_parts() -> None:
     assert torch.equal(both.groups.says_N[128:], rollouts.groups.says_N)
     assert (both.groups.predicts_N[:128] == -1).all() and (both.groups.says_N[:128] == -1).all()
     assert both.is_corpus_RT.sum() == 128
-    assert both.groups.variant_G.tolist() == [0, 1]
     moved = both.to(torch.device("meta")).groups
-    assert moved is not None and moved.variant_G.device.type == "meta"
+    assert moved is not None and moved.says_N.device.type == "meta"
 
 
 def test_refusals() -> None:
