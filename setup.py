@@ -37,6 +37,7 @@ setup(
         "tqdm>=4",
         "packaging>=24",
         "plotly>=7,<8",  # the report's curves
+        'triton>=3.7; platform_system == "Linux"',  # torch's CUDA builds bring the version they were made for
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when kernels are defined: they then run on CPU tensors
 
 SESSION_VARIABLE = "ASA_TEST_SESSION"
 EXIT_DEADLINE_SECONDS = 15.0

@@ -156,7 +156,7 @@ def test_requirements_are_those_of_the_metadata(tmp_path: Path, monkeypatch: pyt
     assert found == Finding("ours", "ok", "1.0", is_needed=True)
     assert requirements == [
         Requirement("torch", SpecifierSet(">=2.13,<2.14"), None), Requirement("pyyaml", SpecifierSet(), None),
-        Requirement("lm-eval", SpecifierSet(">=0.4.13"), "eval"), Requirement("triton", SpecifierSet(), "gpu"),
+        Requirement("lm-eval", SpecifierSet(">=0.4.13"), "eval"),
     ]  # fmt: skip
 
 

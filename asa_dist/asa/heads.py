@@ -61,6 +61,7 @@ class Evaluator(nn.Module):
             self.consistency_right_D.float(),
             self.consistency_bias.float(),
             has_content_PG,
+            return_indicator=True,
         )
         return EvaluatorOutput(
             consistency_PG,

@@ -53,10 +53,9 @@ class Requirement:
 
 
 def own_requirements(distribution: str = "asa-dist") -> tuple[list[Requirement], list[Finding]]:
-    """What the installed package requires, triton added, which torch brings; and a finding about the package itself."""
+    """What the installed package requires; and a finding about the package itself."""
     try:
         from packaging.requirements import Requirement as MetadataLine
-        from packaging.specifiers import SpecifierSet
     except Exception as error:  # what is broken may raise anything
         advice = "pip install --force-reinstall packaging; without it no package can be checked"
         return [], [Finding("packaging", "broken", f"{type(error).__name__}: {error}", advice, is_needed=True)]
@@ -71,7 +70,6 @@ def own_requirements(distribution: str = "asa-dist") -> tuple[list[Requirement],
         wanted_by = [extra for extra in ("", *extras) if line.marker is None or line.marker.evaluate({"extra": extra})]
         if wanted_by:
             requirements.append(Requirement(line.name.lower(), line.specifier, wanted_by[0] or None))
-    requirements.append(Requirement("triton", SpecifierSet(), "gpu"))
     return requirements, [Finding(distribution, "ok", metadata["Version"], is_needed=True)]
 
 
@@ -113,5 +111,4 @@ def _missing(requirement: Requirement) -> Finding:
     name, extra = requirement.name, requirement.extra
     if extra is None:
         return Finding(name, "broken", "not installed", requirement.install, requirement.is_needed)
-    advice = "" if name == "triton" else f"if wanted: pip install 'asa-dist[{extra}]'"
-    return Finding(name, "limited", f"not installed (extra {extra})", advice)
+    return Finding(name, "limited", f"not installed (extra {extra})", f"if wanted: pip install 'asa-dist[{extra}]'")
