@@ -16,7 +16,7 @@ from alignment_report import ArmRuns
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH_INCHES, INCHES_PER_ARM = 10.0, 0.42
+WIDTH_INCHES, INCHES_PER_ARM = 13.0, 0.42
 OURS_COLOR, OTHER_COLOR, LIE_COLOR = "#2a6fbb", "#a9b8c6", "#c0504d"
 
 
@@ -39,13 +39,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
         _truth(left, runs, arms)
         if world["world"]["false_majority"]:
             _bars(right, runs, arms, "told", "lies", LIE_COLOR)
-            right.set(title="The lie, where the majority is false", xlim=(0, 1), xlabel="share of sampled answers")
+            right.set_title("Where the majority is false: the lie", loc="left")
+            right.set(xlim=(0, 1), xlabel="share of sampled answers")
         else:
             _bars(right, runs, arms, "distinct_phrasings", "all", OTHER_COLOR)
-            right.set(title="Ways of saying it", xlabel="different phrasings among 8 sampled answers")
+            right.set_title("Ways of saying it", loc="left")
+            right.set_xlabel("different phrasings among 8 answers")
         left.set_yticks(range(len(arms)), [f"({arm}) {result['arms'][arm]['title']}" for arm in arms])
         lies = f", {world['world']['false_majority']:.0%} of majorities" if world["world"]["false_majority"] else ""
-        left.set_title(f"Truth; {world['world']['noise']:.0%} of statements{lies} false")
+        left.set_title(f"Truth; {world['world']['noise']:.0%} of statements{lies} false", loc="left")
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     figure.savefig(path, metadata=metadata, dpi=150)
     pyplot.close(figure)
@@ -57,7 +59,7 @@ def _truth(axes: Axes, runs: ArmRuns, arms: Sequence[str]) -> None:
         greedy = runs.estimate(arm, "greedy_truth")
         if greedy:
             axes.plot(greedy.mean, place, "D", color="black", markersize=6, fillstyle="none")
-    axes.set(xlim=(0, 1.02), xlabel="share of answers: bar = sampled (dots: seeds), diamond = greedy")
+    axes.set(xlim=(0, 1.02), xlabel="share of answers; bar: sampled, dots: seeds, diamond: greedy")
 
 
 def _bars(
