@@ -32,7 +32,7 @@ _MAX_CHUNK_PROGRAMS = 2048
 # Fixed, not tuned at run time: nothing to measure on any rank, and the same results on every one.
 _FORWARD_BLOCKS = {  # (G padded for tl.dot, bytes per element of the embedding): (BLOCK_D, num_warps)
     (16, 2): (128, 4),
-    (32, 2): (64, 8),
+    (32, 2): (64, 4),
     (64, 2): (32, 8),
     (16, 4): (64, 4),
     (32, 4): (32, 4),
