@@ -19,9 +19,10 @@ from asa_dist.runtime.checkpoint import Checkpointer
 from asa_dist.runtime.data.prompts import PromptStream
 from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
-from asa_dist.runtime.model import AsaModel
 from asa_dist.runtime.stopping import StopRequests
+from asa_dist.runtime.trunk import TrunkModel
 from asa_dist.runtime.watchdog import Watchdog
+from asa_dist.udasa.objective import PairInputs
 
 # Of what a single collective or wait may take: whoever can raise a readable error by itself comes first.
 PATIENCE = 1.5
@@ -129,7 +130,7 @@ class WatchedEngine(TrainEngine):
     """The engine under a watchdog: a collective may hang in native code without any error (a GPU waits for ever)."""
 
     def __init__(
-        self, model: AsaModel, train: TrainConfig, optimizer: OptimizerConfig, dtype: str, placement: Placement,
+        self, model: TrunkModel, train: TrainConfig, optimizer: OptimizerConfig, dtype: str, placement: Placement,
         watchdog: Watchdog,
     ):
         super().__init__(model, train, optimizer, dtype, placement)
@@ -137,7 +138,7 @@ class WatchedEngine(TrainEngine):
         self._watchdog = watchdog
 
     def train_step(
-        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
+        self, batches: Sequence[MicroBatch], inputs: StepInputs | PairInputs, learning_rates: Mapping[str, float]
     ) -> StepResult:
         with self._watchdog.phase("training on a step", self._timeout_seconds):
             return super().train_step(batches, inputs, learning_rates)
@@ -151,6 +152,14 @@ class WatchedEngine(TrainEngine):
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
         with self._watchdog.phase("evaluating held-out rows", self._timeout_seconds):
             return super().corpus_loss(batch, inputs)
+
+    def evaluate(self, batches: Sequence[MicroBatch], inputs: PairInputs) -> dict[str, Tensor]:
+        with self._watchdog.phase("evaluating held-out pairs", len(batches) * self._timeout_seconds):
+            return super().evaluate(batches, inputs)
+
+    def reference_logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        with self._watchdog.phase("computing the reference's log-probabilities", len(batches) * self._timeout_seconds):
+            return super().reference_logprobs(batches)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         with self._watchdog.phase("summing over ranks", self._timeout_seconds):

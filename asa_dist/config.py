@@ -12,20 +12,14 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from asa_dist.config_rules import CROSS_FIELD_RULES
+from asa_dist.config_section import Fraction, PositiveInt, Section
 from asa_dist.config_text import ConfigError as ConfigError
 from asa_dist.config_text import dump_tree, read_tree
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ArchitectureConfig(Section):

@@ -7,6 +7,7 @@ trains version s into s + 1.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,3 +135,54 @@ class WeightManifest:
     dtype: str  # "float32" | "bfloat16"
     tensors: tuple[TensorSpec, ...]
     shards: tuple[ShardRecord, ...]  # one per rank, in rank order
+
+
+@dataclass(frozen=True)
+class MeasuredResponse:
+    """One response and what is known of it; None = not measured."""
+
+    text: str
+    token_ids: np.ndarray  # int32 [T], with the end-of-text if ``finished``
+    finished: bool
+    u_semantic: float | None
+    u_factual: float | None
+    u_value: float | None
+    u_total: float | None  # None if one of those that the config asks for is
+
+    def __post_init__(self) -> None:
+        if broken := {name: value for name, value in self.uncertainties.items() if not math.isfinite(value)}:
+            raise ValueError(f"uncertainties of {self.text[:80]!r} must be finite, or None if not measured: {broken}")
+
+    @property
+    def uncertainties(self) -> dict[str, float]:
+        """Those measured, by name: semantic, factual, value, total."""
+        named = {"semantic": self.u_semantic, "factual": self.u_factual, "value": self.u_value, "total": self.u_total}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class MeasuredPrompt:
+    """A prompt with all N responses."""
+
+    prompt_id: int
+    prompt: str
+    token_ids: np.ndarray  # int32 [T]
+    policy_version: int  # of the weights that responded
+    seed: int  # of the run: sampling and the choice of y⁻ descend from it
+    responses: tuple[MeasuredResponse, ...]
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """What one DPO example is made of, and where it comes from."""
+
+    prompt_id: int
+    prompt: str
+    prompt_token_ids: np.ndarray  # int32 [T]
+    chosen: MeasuredResponse
+    rejected: MeasuredResponse
+    chosen_index: int  # among the prompt's N responses
+    rejected_index: int
+    delta_u: float  # u_total of the rejected one minus that of the chosen one, > 0
+    policy_version: int
+    seed: int

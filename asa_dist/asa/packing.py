@@ -142,19 +142,24 @@ class _Sequence:
         return len(self.prompt) + len(self.response.token_ids)
 
 
-def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTables, version: int) -> MicroBatch:
+def pack_groups(
+    groups: Sequence[RolloutGroup], row_length: int, tables: TextTables, version: int, group_size: int | None = None
+) -> MicroBatch:
     """Rollout rows alone, as a MicroBatch without corpus rows.
 
     Args:
-        groups: P ≥ 1 groups of equal size, whose prompts have equally many phrasings; each prompt + response at most
-            ``row_length`` tokens.
+        groups: P groups of equal size, whose prompts have equally many phrasings; each prompt + response at most
+            ``row_length`` tokens. None of them make one row of padding, for a rank that has nothing to train on.
         version: the policy version being trained, for the age of each group.
+        group_size: G; has to be given where there may be no groups.
 
     Raises:
-        ValueError: groups of unequal size or of unequal numbers of phrasings, or a sequence longer than a row.
+        ValueError: groups of unequal size or of unequal numbers of phrasings, a sequence longer than a row, or neither
+            groups nor their size.
     """
+    group_size = _size_of(groups, group_size)
     sequences = _sequences_of(groups, row_length, tables)
-    rows = _assign_rows([sequence.num_tokens for sequence in sequences], row_length)
+    rows = _assign_rows([sequence.num_tokens for sequence in sequences], row_length) or [[]]
     marks = _lay_out(sequences, rows, row_length)
     return MicroBatch(
         input_ids_RT=torch.from_numpy(marks["input_ids"]),
@@ -162,14 +167,20 @@ def pack_groups(groups: Sequence[RolloutGroup], row_length: int, tables: TextTab
         segment_RT=torch.from_numpy(marks["segment"]),
         target_RT=torch.from_numpy(marks["target"]),
         is_corpus_RT=torch.zeros((len(rows), row_length), dtype=torch.bool),
-        groups=_group_tensors(groups, sequences, marks, tables, version),
+        groups=_group_tensors(groups, group_size, sequences, marks, tables, version),
     )
 
 
-def _sequences_of(groups: Sequence[RolloutGroup], row_length: int, tables: TextTables) -> list[_Sequence]:
-    sizes = [len(group.responses) for group in groups]
+def _size_of(groups: Sequence[RolloutGroup], group_size: int | None) -> int:
+    sizes = [len(group.responses) for group in groups] + ([] if group_size is None else [group_size])
+    if not sizes:
+        raise ValueError("no groups to pack: then group_size has to be given")
     if len(set(sizes)) > 1:
         raise ValueError(f"groups of unequal size: {sizes}")
+    return sizes[0]
+
+
+def _sequences_of(groups: Sequence[RolloutGroup], row_length: int, tables: TextTables) -> list[_Sequence]:
     phrasings = [len(group.prompt.phrasings) for group in groups]
     if len(set(phrasings)) > 1:
         raise ValueError(f"prompts with unequal numbers of phrasings: {phrasings}")
@@ -180,7 +191,7 @@ def _sequences_of(groups: Sequence[RolloutGroup], row_length: int, tables: TextT
             whole = [(0, len(content))] if len(content) else []
             claims = claim_spans(content, tables.claim_end_V) or whole
             sequences.append(_Sequence(group.prompt.tokens_for(sibling), response, claims))
-    longest = max(sequence.num_tokens for sequence in sequences)
+    longest = max((sequence.num_tokens for sequence in sequences), default=0)
     if longest > row_length:
         raise ValueError(f"a rollout of {longest} tokens does not fit a row of {row_length}")
     return sequences
@@ -218,6 +229,7 @@ def _lay_out(sequences: Sequence[_Sequence], rows: Sequence[Sequence[int]], row_
 
 def _group_tensors(
     groups: Sequence[RolloutGroup],
+    group_size: int,
     sequences: Sequence[_Sequence],
     marks: dict[str, np.ndarray],
     tables: TextTables,
@@ -225,21 +237,21 @@ def _group_tensors(
 ) -> GroupTensors:
     responses = [sequence.response for sequence in sequences]
     contents = [content_of(response) for response in responses]
-    padded = np.zeros((len(contents), max(1, max(map(len, contents)))), dtype=np.int64)
+    padded = np.zeros((len(contents), max([1, *map(len, contents)])), dtype=np.int64)
     for index, content in enumerate(contents):
         padded[index, : len(content)] = content
-    num_claims = [len(sequence.claims) for sequence in sequences]
+    num_claims = np.array([len(sequence.claims) for sequence in sequences], dtype=np.int64)
 
     def per_position(name: str) -> Tensor:
         return torch.from_numpy(marks[name]).flatten()
 
-    def per_response(values: Sequence[int | bool]) -> Tensor:
-        return torch.tensor(values).view(len(groups), -1)
+    def per_response(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).view(len(groups), group_size)
 
     return GroupTensors(
         num_groups=len(groups),
-        group_size=len(groups[0].responses),
-        num_claims=sum(num_claims),
+        group_size=group_size,
+        num_claims=int(num_claims.sum()),
         predicts_N=per_position("predicts"),
         says_N=per_position("says"),
         response_N=per_position("response"),
@@ -248,12 +260,12 @@ def _group_tensors(
         claim_response_C=torch.from_numpy(np.repeat(np.arange(len(sequences)), num_claims)),
         behaviour_logprob_N=per_position("behaviour_logprob"),
         sampled_logprob_N=per_position("sampled_logprob"),
-        content_PGT=torch.from_numpy(padded).view(len(groups), len(groups[0].responses), -1),
+        content_PGT=torch.from_numpy(padded).view(len(groups), group_size, padded.shape[1]),
         content_length_PG=per_response([len(content) for content in contents]),
         length_PG=per_response([len(response.token_ids) for response in responses]),
-        finished_PG=per_response([response.finished for response in responses]),
-        ends_sentence_PG=per_response([_ends_sentence(response, tables) for response in responses]),
-        prompt_id_P=torch.tensor([group.prompt.prompt_id for group in groups]),
+        finished_PG=per_response([response.finished for response in responses], torch.bool),
+        ends_sentence_PG=per_response([_ends_sentence(response, tables) for response in responses], torch.bool),
+        prompt_id_P=torch.tensor([group.prompt.prompt_id for group in groups], dtype=torch.int64),
         age_P=torch.tensor([float(version - group.oldest_version) for group in groups]),
     )
 

@@ -26,9 +26,11 @@ from asa_dist.asa.objective import FusedOutput, StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.config import OptimizerConfig, TrainConfig
 from asa_dist.runtime.gradients import clip_by_part, no_update
-from asa_dist.runtime.model import PHI, PSI, XI, AsaModel, named_parts
+from asa_dist.runtime.model import PHI, XI, named_parts
 from asa_dist.runtime.nonfinite import count_nonfinite, find_nonfinite, skip_reason
 from asa_dist.runtime.theory import StepObserver
+from asa_dist.runtime.trunk import PSI, TrunkModel
+from asa_dist.udasa.objective import PairInputs
 
 PARTS = [PSI, PHI, XI]
 
@@ -134,8 +136,8 @@ def deepspeed_settings(train: TrainConfig, dtype: str, num_ranks: int) -> dict[s
     }
 
 
-def parameter_groups(model: AsaModel, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """ψ's matrices (decayed), ψ's vectors, φ, ξ: each with its own learning rate, set anew every step."""
+def parameter_groups(model: TrunkModel, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """ψ's matrices (decayed), ψ's vectors, φ, ξ, as far as there are: each with a rate of its own, set every step."""
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {
         (PSI, True): [],
         (PSI, False): [],
@@ -188,7 +190,7 @@ class TrainEngine:
     """
 
     def __init__(
-        self, model: AsaModel, train: TrainConfig, optimizer: OptimizerConfig, dtype: str, placement: Placement
+        self, model: TrunkModel, train: TrainConfig, optimizer: OptimizerConfig, dtype: str, placement: Placement
     ):
         self.placement = placement
         self._zero_stage, self._clip_norm = train.zero_stage, optimizer.clip_norm
@@ -196,6 +198,7 @@ class TrainEngine:
         self.generator_shapes = [(name, tuple(p.shape)) for part, name, p in named_parts(model) if part == PSI]
         groups = parameter_groups(model, optimizer)
         self._part_of_group = [group["part"] for group in groups]
+        self._parts = [part for part in PARTS if part in self._part_of_group]
         adam: dict[str, Any] = {"betas": (optimizer.adam_beta1, optimizer.adam_beta2), "eps": optimizer.adam_eps}
         adamw = (
             DeepSpeedCPUAdam(groups, adamw_mode=True, **adam)
@@ -216,7 +219,7 @@ class TrainEngine:
 
     # --- one step ----------------------------------------------------------------------------------------------
     def train_step(
-        self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: Mapping[str, float]
+        self, batches: Sequence[MicroBatch], inputs: StepInputs | PairInputs, learning_rates: Mapping[str, float]
     ) -> StepResult:
         """Forward and backward per micro-batch, one optimizer step.
 
@@ -225,7 +228,7 @@ class TrainEngine:
 
         Args:
             batches: exactly ``accumulation_steps`` micro-batches.
-            learning_rates: by part.
+            learning_rates: by part; may name parts that the model has not.
         """
         self._set_learning_rates(learning_rates)
         batches = [batch.to(self.placement.device) for batch in batches]
@@ -238,7 +241,9 @@ class TrainEngine:
             self.engine.backward(output.loss * self.placement.num_ranks, scale_wrt_gas=False)
             outputs.append(output._replace(loss=output.loss.detach()))
         num_nonfinite = torch.stack([count_nonfinite(output) for output in outputs]).sum()
-        norms, is_finite = clip_by_part(self.optimizer, self._part_of_group, PARTS, self._clip_norm, num_nonfinite)
+        norms, is_finite = clip_by_part(
+            self.optimizer, self._part_of_group, self._parts, self._clip_norm, num_nonfinite
+        )
         result = StepResult(
             sums=_merged([output.sums for output in outputs], torch.add),
             maxima=_merged([output.maxima for output in outputs], torch.maximum),
@@ -269,13 +274,30 @@ class TrainEngine:
         )
         return observer.watch(lambda: self.train_step(batches, inputs, learning_rates), batches)
 
-    @torch.no_grad()
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float:
         """This rank's share of the mean corpus loss (evaluation). A collective: every rank calls it equally often."""
-        self.engine.eval()
-        output: FusedOutput = self.engine(batch=batch.to(self.placement.device), inputs=inputs)
-        self.engine.train()
+        output: FusedOutput
+        [output] = self._forward_only([batch], inputs)
         return float(output.loss)
+
+    def evaluate(self, batches: Sequence[MicroBatch], inputs: PairInputs) -> dict[str, Tensor]:
+        """This rank's sums over micro-batches, without training. A collective: as many on every rank, one at least."""
+        outputs: list[FusedOutput] = self._forward_only(batches, inputs)
+        return _merged([output.sums for output in outputs], torch.add)
+
+    def reference_logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probability of every position's target with the weights as they are, float32 [N] on the CPU, per batch.
+
+        Of a ``PreferenceModel``. A collective: equally many batches on every rank.
+        """
+        return [logprob_N.cpu() for logprob_N in self._forward_only(batches, None)]
+
+    @torch.no_grad()
+    def _forward_only(self, batches: Sequence[MicroBatch], inputs: StepInputs | PairInputs | None) -> list[Any]:
+        self.engine.eval()
+        outputs = [self.engine(batch=batch.to(self.placement.device), inputs=inputs) for batch in batches]
+        self.engine.train()
+        return outputs
 
     def _set_learning_rates(self, learning_rates: Mapping[str, float]) -> None:
         for group, part in zip(self.optimizer.param_groups, self._part_of_group, strict=True):

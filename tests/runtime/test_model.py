@@ -24,14 +24,8 @@ from asa_dist.config import Config
 from asa_dist.records import Prompt, RolloutGroup
 from asa_dist.rollout.engine import SamplingConfig
 from asa_dist.rollout.hf_engine import HfEngine
-from asa_dist.runtime.model import (
-    ModelError,
-    build_model,
-    count_parameters,
-    named_parts,
-    segment_mask,
-    trunk_config,
-)
+from asa_dist.runtime.model import build_model, count_parameters, named_parts
+from asa_dist.runtime.trunk import ModelError, segment_mask, trunk_config
 from tests.asa import worlds
 from tests.distributed import tiny
 
