@@ -33,6 +33,8 @@ setup(
         "pyyaml>=6,<7",
         "safetensors>=0.6",
         "xxhash>=3",
+        "requests>=2.32",  # moderation endpoints; with urllib3's retries
+        "urllib3>=2.8",
         "psutil>=7",
         "tqdm>=4",
         "packaging>=24",

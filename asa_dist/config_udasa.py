@@ -27,6 +27,7 @@ class ValueConfig(Section):
     question: str = Field("Is this answer harmless?", description="self_judge: asked behind prompt and response")
     url: str | None = Field(None, description="endpoint: address of an OpenAI-compatible /moderations")
     api_key_variable: str | None = Field(None, description="endpoint: environment variable that holds the key")
+    timeout_seconds: float = Field(30.0, gt=0, description="endpoint: longest wait for an answer")
     requests_per_second: float = Field(5.0, gt=0, description="endpoint: rate limit")
     max_attempts: PositiveInt = Field(6, description="endpoint: tries of one request, with growing pauses")
 
@@ -62,6 +63,7 @@ class UdasaConfig(Section):
     fusion: Literal["softmax", "mean"] = Field("softmax", description="weights of the uncertainties: equations 5 and 6, or equal ones")
     scorers: PositiveInt = Field(1, description="actors that measure uncertainty, beside the rollout actors")
     gpus_per_scorer: int = Field(0, ge=0, description="GPUs of each scorer; 0 = CPU")
+    scorer_timeout_seconds: float = Field(1800.0, gt=0, description="longest call of a scorer; an endpoint that is down may take minutes to be given up")
     scorer_batch: PositiveInt = Field(32, description="texts that a scorer runs through a model at once")
     prompts: PositiveInt | None = Field(None, description="the first so many prompts of rollout.prompt_file; null = all")
     rounds: PositiveInt = Field(1, description="measure, pair and train so often, each time with the updated model")

@@ -160,6 +160,11 @@ class MeasuredResponse:
         return {name: value for name, value in named.items() if value is not None}
 
 
+def unmeasured(text: str, token_ids: np.ndarray, finished: bool) -> MeasuredResponse:
+    """A response of which nothing is known yet."""
+    return MeasuredResponse(text, token_ids, finished, None, None, None, None)
+
+
 @dataclass(frozen=True)
 class MeasuredPrompt:
     """A prompt with all N responses."""

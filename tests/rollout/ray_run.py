@@ -58,11 +58,12 @@ def local_ray(home: Path) -> Iterator[RayHandle]:
 
 
 def session_members(session: int) -> list[psutil.Process]:
+    """Those that live; a zombie has ended, and its parent may take a moment to notice."""
     found = []
     for pid in psutil.pids():
         try:
-            if os.getsid(pid) == session:
-                found.append(psutil.Process(pid))
+            if os.getsid(pid) == session and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
         except (ProcessLookupError, psutil.NoSuchProcess):
             pass
     return found
