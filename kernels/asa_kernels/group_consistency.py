@@ -6,7 +6,8 @@
 
 The indicator's weight on a concatenation splits into two dot products per response, so its [P, G, G, 2D] input
 never exists. An invalid response counts as a zero vector: whatever its row holds (NaN too), its cosines are 0, it
-adds nothing to its siblings' sums, and no gradient reaches it.
+adds nothing to its siblings' sums, and its own gradient is 0. What arrives at its pairs must be finite: 0 · ∞ = NaN
+would reach its siblings and the weights.
 
 Bytes, beside a few [P, G, G] in float32: forward reads the embedding once; backward reads it once and writes its
 gradient once, and writes and reads again two float32 rows of length D for every chunk of prompts.
@@ -39,7 +40,7 @@ _FORWARD_BLOCKS = {  # (G padded for tl.dot, bytes per element of the embedding)
     (64, 4): (32, 8),
 }
 _BACKWARD_BLOCKS = {  # G padded to a power of two: (BLOCK_D, num_warps)
-    2: (256, 4),
+    2: (128, 4),
     4: (256, 4),
     8: (128, 4),
     16: (128, 8),
@@ -75,16 +76,6 @@ def group_consistency_reference(
     return consistency_PG, cosine_PGG, indicator_PGG
 
 
-def _unit_vectors(embedding_PGD: Tensor) -> Tensor:
-    """Vectors of length 1; zero stays zero, with zero gradient."""
-    # A cosine does not depend on length, so a constant scale is free; without it squares overflow or vanish.
-    largest_PG1 = embedding_PGD.detach().abs().amax(dim=-1, keepdim=True)
-    is_zero_PG1 = largest_PG1 == 0
-    scaled_PGD = embedding_PGD / largest_PG1.masked_fill(is_zero_PG1, 1)
-    norm_PG1 = torch.linalg.vector_norm(scaled_PGD, dim=-1, keepdim=True)
-    return scaled_PGD / norm_PG1.masked_fill(is_zero_PG1, torch.inf)  # 0/∞: value and gradient are 0
-
-
 def _group_consistency_torch(
     embedding_PGD: Tensor, w_left_D: Tensor, w_right_D: Tensor, bias: Tensor, valid_PG: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,9 +83,15 @@ def _group_consistency_torch(
     embedding_PGD = embedding_PGD.float()
     if valid_PG is not None:
         embedding_PGD = embedding_PGD.masked_fill(~valid_PG.unsqueeze(-1), 0)
-    unit_PGD = _unit_vectors(embedding_PGD)
-    cosine_PGG = unit_PGD @ unit_PGD.mT
-    logit_PG2 = embedding_PGD @ torch.stack([w_left_D, w_right_D], dim=-1).float()
+    # A cosine does not depend on length, so a constant scale is free; without it squares overflow or vanish.
+    largest_PG1 = embedding_PGD.detach().abs().amax(dim=-1, keepdim=True)
+    scaled_PGD = embedding_PGD / largest_PG1.masked_fill(largest_PG1 == 0, 1)
+    gram_PGG = scaled_PGD @ scaled_PGD.mT
+    square_PG1 = gram_PGG.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+    inverse_norm_PG1 = square_PG1.masked_fill(square_PG1 == 0, torch.inf).rsqrt()  # 0 for a zero vector
+    cosine_PGG = gram_PGG * (inverse_norm_PG1 * inverse_norm_PG1.mT)
+    w_2D = torch.stack([w_left_D, w_right_D]).float()  # as [D, 2] its gradient would take a CPU far longer
+    logit_PG2 = torch.nn.functional.linear(embedding_PGD, w_2D)
     indicator_PGG = torch.sigmoid(logit_PG2[..., :1] + logit_PG2[..., 1:].mT + bias.float())
     itself_GG = torch.eye(num_responses, dtype=torch.bool, device=embedding_PGD.device)
     agreement_PGG = (cosine_PGG * indicator_PGG).masked_fill(itself_GG, 0)
@@ -126,8 +123,9 @@ def _forward_kernel(
         is_read_G &= tl.load(valid_ptr_PG + offset_PG, mask=exists_G, other=0).to(tl.int1)
 
     row_ptr_G = embedding_ptr_PGD + prompt * stride_P + response_G.to(tl.int64) * stride_G
-    # Rows are scaled by powers of two, which is exact in every dtype, to a largest value in [1, 2): no square overflows
-    # or vanishes. The largest value is only known so far, so what has been summed is rescaled when it grows.
+    # Rows are scaled by powers of two to a largest value in [1, 2), in [2, 4) from 2¹²⁷ on: no square overflows or
+    # vanishes. This is exact but for values that become subnormal, off by at most 2⁻²⁵ of the largest, in float16.
+    # The largest value is only known so far, so what has been summed is rescaled when it grows.
     largest_G = tl.full([GROUP], 2.0**-126, tl.float32)
     scale_G = _inverse_power_of_two(largest_G)
     gram_GG = tl.zeros([GROUP, GROUP], tl.float32)
@@ -259,13 +257,13 @@ def _embedding_gradient_kernel(
                 mixed_GD += tl.load(mixing_ptr_G, mask=exists_G, other=0.0)[:, None] * scaled_D
         if d_embedding_ptr_PGD is not None:
             offset_PG = start + response_G
-            is_read_G = exists_G
-            if valid_ptr_PG is not None:
-                is_read_G &= tl.load(valid_ptr_PG + offset_PG, mask=exists_G, other=0).to(tl.int1)
-            scale_G = tl.load(saved_ptr_PG4 + offset_PG * 4, mask=is_read_G, other=0.0)
-            d_left_G = tl.load(d_dot_ptr_PG2 + offset_PG * 2, mask=is_read_G, other=0.0)
-            d_right_G = tl.load(d_dot_ptr_PG2 + offset_PG * 2 + 1, mask=is_read_G, other=0.0)
+            scale_G = tl.load(saved_ptr_PG4 + offset_PG * 4, mask=exists_G, other=0.0)
+            d_left_G = tl.load(d_dot_ptr_PG2 + offset_PG * 2, mask=exists_G, other=0.0)
+            d_right_G = tl.load(d_dot_ptr_PG2 + offset_PG * 2 + 1, mask=exists_G, other=0.0)
             d_row_GD = mixed_GD * scale_G[:, None] + d_left_G[:, None] * w_left_D + d_right_G[:, None] * w_right_D
+            if valid_ptr_PG is not None:  # not by factors of 0: what arrived may be infinite
+                is_valid_G = tl.load(valid_ptr_PG + offset_PG, mask=exists_G, other=0).to(tl.int1)
+                d_row_GD = tl.where(is_valid_G[:, None], d_row_GD, 0.0)
             d_row_ptr_GD = d_embedding_ptr_PGD + (offset_PG * size)[:, None] + offset_D
             tl.store(d_row_ptr_GD, d_row_GD, mask=exists_G[:, None] & inside_D)
     if d_w_ptr_C2D is not None:
@@ -408,7 +406,7 @@ def group_consistency(
 
     Returns:
         ``(consistency_PG, cosine_PGG)``, or ``(consistency_PG, cosine_PGG, indicator_PGG)``, float32, each
-        differentiable in every float input.
+        differentiable in every float input: once, as the kernels' gradients have no graph (``create_graph=True``).
         ``consistency_PG`` is 0 for an invalid response. The divisor is always G − 1. The diagonals of the other two
         hold a response's value with itself. ``indicator_PGG`` of an invalid response is σ of what is left of the
         logit (finite, in [0, 1]): mask such pairs where it is used.
@@ -420,12 +418,12 @@ def group_consistency(
     """
     _check_inputs(embedding_PGD, w_left_D, w_right_D, bias, valid_PG)
     num_responses = embedding_PGD.shape[1]
-    use_kernels = uses_triton(backend, embedding_PGD)
-    if use_kernels and num_responses > MAX_KERNEL_GROUP:
+    on_triton = uses_triton(backend, embedding_PGD)
+    if on_triton and num_responses > MAX_KERNEL_GROUP:
         if backend == "triton":
             raise ValueError(f"the kernels take G ≤ {MAX_KERNEL_GROUP}, not {num_responses}: use backend='torch'")
-        use_kernels = False
-    if not use_kernels:
+        on_triton = False
+    if not on_triton:
         outputs = _group_consistency_torch(embedding_PGD, w_left_D, w_right_D, bias.reshape(()), valid_PG)
         return outputs if return_indicator else outputs[:2]
     if embedding_PGD.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -222,7 +222,8 @@ def segment_mean(hidden_NH: Tensor, segment_ids_N: Tensor, num_segments: int, *,
             the ids are in range; ``"torch"`` does not wait. ``"auto"``: Triton for tensors on a GPU.
 
     Returns:
-        ``pooled_SH``, float32, differentiable in ``hidden_NH``; an empty segment is a row of zeros.
+        ``pooled_SH``, float32, differentiable in ``hidden_NH``: once, as the kernels' gradient has no graph
+        (``create_graph=True``). An empty segment is a row of zeros.
 
     Raises:
         RuntimeError: an id outside −1 … S − 1 (from ``"torch"`` on a GPU a device-side assertion); lengths that differ;

@@ -186,7 +186,7 @@ def token_f1(
     num_prompts, num_responses, num_tokens = tokens_PGT.shape
     if lengths_PG.shape != (num_prompts, num_responses):
         raise ValueError(f"token_f1: lengths_PG {list(lengths_PG.shape)} of tokens_PGT {list(tokens_PGT.shape)}")
-    launches = uses_triton(backend, tokens_PGT)
+    on_triton = uses_triton(backend, tokens_PGT)
     _require_range("lengths_PG", lengths_PG, num_tokens)
     if tokens_PGT.numel() == 0:
         return torch.zeros(num_prompts, num_responses, num_responses, device=tokens_PGT.device)
@@ -194,7 +194,7 @@ def token_f1(
     num_ids = _MAX_IDS if weight_V is None else min(len(weight_V), _MAX_IDS)
     _require_range("ids in tokens_PGT", torch.where(inside_PGT, tokens_PGT, 0), num_ids - 1)
 
-    if launches:
+    if on_triton:
         overlap_PGG = _overlap_triton(tokens_PGT, lengths_PG, weight_V)
     else:
         overlap_PGG = _overlap_torch(tokens_PGT, inside_PGT, weight_V)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -85,6 +86,13 @@ def test_values_and_gradients_at_odd_sizes(
     _check(operation, _inputs(num_prompts, num_responses, size))
 
 
+def test_chunks_of_more_prompts_than_the_fewest(
+    operation: Callable[..., tuple[Tensor, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("asa_kernels.group_consistency"), "_MAX_CHUNK_PROGRAMS", 2)
+    _check(operation, _inputs(11, 3, 5))  # a chunk of 6 and one of 5
+
+
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(2, 7), st.integers(1, 70)),
     seed=st.integers(0, 1000),
@@ -153,6 +161,19 @@ def test_nan_in_an_invalid_response_stays_there(operation: Callable[..., tuple[T
     inputs[0][0, 1] = torch.nan
     for value, reference in zip(_run(operation, inputs, valid_PG), clean, strict=True):
         assert torch.equal(value, reference)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter: 0 · ∞ of the siblings
+def test_no_gradient_of_an_invalid_response_whatever_arrives(operation: Callable[..., tuple[Tensor, ...]]) -> None:
+    valid_PG = torch.tensor([[True, False, True, True], [True] * 4])
+    masked_PGG = ~(valid_PG.unsqueeze(-1) & valid_PG.unsqueeze(-2))
+    embedding_PGD, *others = _inputs(2, 4, 5)
+    outputs = operation(embedding_PGD.requires_grad_(), *others, valid_PG)
+    arriving = [torch.ones_like(output).masked_fill(masked_PGG, torch.inf) for output in outputs[1:]]
+    torch.autograd.backward(outputs, [torch.where(valid_PG, 1.0, torch.nan), *arriving])
+    assert (embedding_PGD.grad[~valid_PG] == 0).all()
+    assert embedding_PGD.grad[1].isfinite().all()
+    assert embedding_PGD.grad[1].any()
 
 
 def test_divisor_is_always_the_number_of_siblings(operation: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -242,9 +263,7 @@ def test_offsets_beyond_32_bits(operation: Callable[..., tuple[Tensor, ...]], st
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_are_computed_in_float32(
-    operation: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype
-) -> None:
+def test_other_dtypes_are_computed_in_float32(operation: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> None:
     inputs = tuple(tensor.to(dtype) for tensor in _inputs(2, 3, 133))
     _check(operation, inputs)
     _check(operation, (inputs[0], *_inputs(2, 3, 133)[1:]))  # weights in float32

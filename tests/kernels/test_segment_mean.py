@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asa_kernels import segment_mean, segment_mean_reference, segment_means
 from asa_kernels.backend import Backend
-from asa_kernels.segment_mean import TOKENS_PER_RUN, _run_bounds
+from asa_kernels.segment_mean import TOKENS_PER_RUN, _backward_kernel, _run_bounds
 
 Segmentations = Sequence[tuple[Tensor, int]]
 
@@ -152,6 +152,19 @@ def test_offsets_past_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> N
         hidden_NH[row] = row
     pooled_SH = segment_mean(hidden_NH, torch.tensor([0, 1, 1]), 2, backend="triton")
     assert torch.equal(pooled_SH, torch.tensor([[0.0] * 3, [1.5] * 3]))
+
+
+def test_gradient_offsets_past_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    size = 2**30 + 8  # of a row, of which the one block of columns that runs covers 4
+    d_pooled_SH = torch.empty_strided((3, 4), (size, 1))
+    d_pooled_SH[:] = torch.arange(1.0, 13.0).reshape(3, 4)
+    d_hidden_NH = torch.empty_strided((4, 4), (size, 1), dtype=torch.bfloat16)
+    segment_RK, bound = torch.tensor([[0], [2], [1]]), torch.tensor([0, 1, 3, 4])
+    count_S = torch.tensor([1.0, 1.0, 2.0])
+    _backward_kernel[(3, 1)](d_pooled_SH, count_S, segment_RK, bound, d_hidden_NH, 1, size, BLOCK_N=2, BLOCK_H=4)
+    expected_SH = d_pooled_SH / count_S.unsqueeze(1)
+    assert torch.equal(d_hidden_NH, expected_SH[[0, 2, 2, 1]].bfloat16())
 
 
 @both_backends
