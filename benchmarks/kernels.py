@@ -87,17 +87,18 @@ def compare_on_gpu(options: argparse.Namespace, progress: Progress) -> dict[str,
     if not torch.cuda.is_available():
         progress.say("kernels gpu: no GPU here: nothing checked, nothing measured")
         return {"benchmark": "kernels gpu", "ok": True, "skipped": "no GPU", **when_and_where()}
-    from kernels_gpu import errors, speeds
+    from kernels_gpu import errors, speeds, wrong_in
 
+    result: dict[str, Any] = {"benchmark": "kernels gpu", "gpu": torch.cuda.get_device_name()}
     wrong = errors("cuda", progress)
-    result = {"benchmark": "kernels gpu", "ok": not wrong, "gpu": torch.cuda.get_device_name(), "wrong": wrong}
-    for line in wrong:
-        print(f"kernels gpu: {line}", file=sys.stderr)
     if wrong:
         progress.say("wrong results: no speeds")
     else:
         result["speeds"] = speeds(progress)
-    return result | when_and_where()
+        wrong = wrong_in(result["speeds"])
+    for line in wrong:
+        print(f"kernels gpu: {line}", file=sys.stderr)
+    return {**result, "ok": not wrong, "wrong": wrong, **when_and_where()}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

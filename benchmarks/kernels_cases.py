@@ -1,6 +1,6 @@
 """What the kernels benchmark calls: each operation with its inputs, its naive form, its sizes and its arithmetic.
 
-An operation is added here with one function that makes inputs, one naive formulation and one entry in ``OPS``.
+An operation is added here with functions that make inputs, one naive formulation and one entry in ``OPS``.
 
 Shapes: P prompts, G responses per prompt, D embedding size, N packed tokens, H hidden size, S segments, V vocabulary,
 T tokens of the longest response.
@@ -8,14 +8,14 @@ T tokens of the longest response.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kernels_problem import Call, Op, Outputs, Problem, Promise, Random, Sizes, far_apart
 from torch import Tensor
 
 from asa_kernels import (
@@ -28,118 +28,7 @@ from asa_kernels import (
     token_logprob,
     token_logprob_reference,
 )
-
-SEED = 0
-Sizes = dict[str, int]
-Outputs = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The inputs of one call, and what flows back into it.
-
-    Args:
-        arguments: of the public function; tensors, or (nested) sequences with tensors.
-        differentiable: those of them that have a gradient.
-        output_gradients: one for each output, float32.
-        linear_in: tensors of ``arguments`` that no gradient depends on.
-    """
-
-    arguments: tuple[Any, ...]
-    differentiable: Outputs
-    output_gradients: Outputs
-    linear_in: Outputs = ()
-
-    def forward(self, function: Callable[..., Outputs]) -> Outputs:
-        return function(*self.arguments)
-
-    def backward(self, outputs: Outputs) -> tuple[Tensor | None, ...]:
-        """The gradients of ``differentiable``; None for those that do not take part."""
-        if not any(output.requires_grad for output in outputs):
-            return ()
-        arriving = self.output_gradients[: len(outputs)]
-        return torch.autograd.grad(outputs, self.differentiable, arriving, allow_unused=True)
-
-    @property
-    def minimum_bytes(self) -> tuple[int, int]:
-        """Forward and backward, when each input is read once and each output written once."""
-        read = sum(tensor.nbytes for tensor in tensors_in(self.arguments))
-        outputs = sum(tensor.nbytes for tensor in self.output_gradients)
-        gradients = sum(tensor.nbytes for tensor in self.differentiable)
-        needed = read - sum(tensor.nbytes for tensor in self.linear_in)
-        return read + outputs, (needed + outputs + gradients if self.differentiable else 0)
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """All tensors in nested lists and tuples."""
-    if isinstance(values, Tensor):
-        return [values]
-    return list(chain.from_iterable(map(tensors_in, values))) if isinstance(values, (list, tuple)) else []
-
-
-@dataclass(frozen=True)
-class Promise:
-    """Of forward + backward in PyTorch on a CPU, as shares of the naive form's."""
-
-    time_at_most: float
-    memory_at_most: float
-
-
-@dataclass(frozen=True)
-class Op:
-    """One operation.
-
-    Args:
-        make: inputs for (sizes, dtype, device).
-        calls: the public function as it is used, with keyword ``backend``; the first is the one that is measured.
-        reference: the same as the first of ``calls`` on float64 inputs.
-        naive: how one would write it without this package.
-        operations: additions, multiplications and comparisons of (forward, backward).
-        compile_sizes: few prompts or tokens, but every entry of its table of block sizes, the largest first; at last
-            sizes that nothing divides.
-        traffic_sizes, traffic_options: for the interpreter, in the proportions of ``gpu_sizes``.
-        check_sizes: for the comparison with the reference on a GPU.
-        cpu_sizes, short_sizes: for the comparison with ``naive`` on a CPU.
-        gpu_sizes: as in training a model of 7 B parameters.
-        dtypes: of its float inputs.
-    """
-
-    name: str
-    make: Callable[[Sizes, torch.dtype, str], Problem]
-    calls: tuple[Callable[..., Outputs], ...]
-    reference: Callable[..., Outputs]
-    naive: Callable[..., Outputs]
-    operations: Callable[[Sizes], tuple[int, int]]
-    compile_sizes: tuple[Sizes, ...]
-    traffic_sizes: Sizes
-    check_sizes: tuple[Sizes, ...]
-    cpu_sizes: Sizes
-    short_sizes: Sizes
-    gpu_sizes: Sizes
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-    traffic_options: dict[str, Any] = field(default_factory=dict)
-    promise: Promise | None = None
-
-
-class Random:
-    """Seeded tensors, drawn on the CPU, so that every device gets the same."""
-
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
-        self._generator = torch.Generator().manual_seed(SEED)
-        self._dtype, self._device = dtype, device
-
-    def input(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal, differentiable."""
-        values = torch.randn(shape, generator=self._generator) * scale
-        return values.to(self._device, self._dtype).requires_grad_()
-
-    def gradients(self, *shapes: tuple[int, ...]) -> Outputs:
-        """Normal, float32."""
-        return tuple(torch.randn(shape, generator=self._generator).to(self._device) for shape in shapes)
-
-    def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """From low … high − 1."""
-        return torch.randint(low, high, shape, generator=self._generator).to(self._device)
+from asa_kernels.token_logprob import IGNORED
 
 
 # --- group_consistency --------------------------------------------------------------------------------------------
@@ -163,11 +52,45 @@ def naive_group_consistency(embedding_PGD: Tensor, w_left_D: Tensor, w_right_D: 
     return consistency_PG, cosine_PGG, indicator_PGG
 
 
-def masked_group_consistency(embedding_PGD: Tensor, *weights: Tensor, **options: Any) -> Outputs:
-    """As the trainer calls it: some responses invalid, trunk detached."""
-    valid_PG = torch.ones(embedding_PGD.shape[:2], dtype=torch.bool, device=embedding_PGD.device)
-    valid_PG[0, 0] = False
-    return group_consistency(embedding_PGD.detach(), *weights, valid_PG, return_indicator=True, **options)
+def make_masked_group_consistency(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    """As the trainer calls it: some responses, and a whole prompt, are invalid; NaN there must stay there."""
+    problem = make_group_consistency(sizes, dtype, device)
+    embedding_PGD = problem.arguments[0]
+    valid_PG = torch.ones(embedding_PGD.shape[:2], dtype=torch.bool, device=device)
+    valid_PG[0, 0] = valid_PG[-1] = False
+    embedding_PGD.detach()[~valid_PG] = torch.nan
+    return replace(problem, arguments=(*problem.arguments, valid_PG))
+
+
+def make_frozen_group_consistency(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    """As the trainer calls it if states are the embeddings: those have no gradient."""
+    problem = make_masked_group_consistency(sizes, dtype, device)
+    problem.arguments[0].requires_grad_(False)
+    return replace(problem, differentiable=problem.differentiable[1:])
+
+
+def make_extreme_group_consistency(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    """Tiny responses, huge ones, and some that grow along D: squares overflow and vanish."""
+    problem = make_group_consistency(sizes, dtype, device)
+    embedding_PGD = problem.arguments[0].detach()
+    largest = 8 if dtype == torch.float16 else 60
+    embedding_PGD[:, 0::3] *= 2.0**-largest
+    embedding_PGD[:, 1::3] *= 2.0**largest
+    embedding_PGD[:, 2::3] *= torch.linspace(-largest, largest, sizes["D"], device=device).round().exp2()
+    return problem
+
+
+def make_far_group_consistency(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    problem = make_group_consistency(sizes, dtype, device)
+    inputs = (far_apart(problem.arguments[0]), *problem.arguments[1:])
+    return replace(problem, arguments=inputs, differentiable=inputs)
+
+
+def consistency_and_cosine_reference(*arguments: Tensor) -> Outputs:
+    return group_consistency_reference(*arguments)[:2]
+
+
+with_indicator = partial(group_consistency, return_indicator=True)
 
 
 def group_consistency_operations(sizes: Sizes) -> tuple[int, int]:
@@ -188,6 +111,23 @@ def make_segment_means(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem
     hidden_NH = random.input(N, H)
     arriving = random.gradients((num_claims, H), (num_responses, H))
     return Problem((hidden_NH, segmentations), (hidden_NH,), arriving, linear_in=(hidden_NH,))
+
+
+def make_one_segment_mean(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    """Claims alone; the states of tokens in none of them hold NaN."""
+    problem = make_segment_means(sizes, dtype, device)
+    hidden_NH, (claims, _) = problem.arguments
+    hidden_NH.detach()[claims[0] == -1] = torch.nan
+    return replace(problem, arguments=(hidden_NH, [claims]), output_gradients=problem.output_gradients[:1])
+
+
+def make_far_segment_means(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    """Responses in turns, eight tokens each: ids in no order."""
+    problem = make_segment_means(sizes, dtype, device)
+    hidden_NH, (claims, (response_N, num_responses)) = problem.arguments
+    hidden_NH = far_apart(hidden_NH)
+    mixed_N = torch.arange(len(response_N), device=device) // 8 % num_responses
+    return replace(problem, arguments=(hidden_NH, [claims, (mixed_N, num_responses)]), differentiable=(hidden_NH,))
 
 
 def naive_segment_means(hidden_NH: Tensor, segmentations: Sequence[tuple[Tensor, int]]) -> Outputs:
@@ -219,8 +159,20 @@ def naive_token_logprob(hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor) 
     return chosen_N, -(logprob_NV.exp() * logprob_NV).sum(dim=-1)
 
 
-def token_logprob_without_entropy(*arguments: Tensor, **options: Any) -> Outputs:
-    return token_logprob(*arguments, temperature=0.7, **options)[:1]
+def make_tempered_token_logprob(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    """At a temperature; some tokens are ignored."""
+    problem = make_token_logprob(sizes, dtype, device)
+    problem.arguments[2][::7] = IGNORED
+    return replace(problem, arguments=(*problem.arguments, 0.7))
+
+
+def token_logprob_alone(*arguments: Any, **options: Any) -> Outputs:
+    """In many chunks; the entropy has no gradient."""
+    return token_logprob(*arguments, chunk_tokens=24, **options)[:1]
+
+
+def token_logprob_alone_reference(*arguments: Any) -> Outputs:
+    return token_logprob_reference(*arguments)[:1]
 
 
 def token_logprob_operations(sizes: Sizes) -> tuple[int, int]:
@@ -238,12 +190,23 @@ def make_token_f1(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
     return Problem((tokens_PGT, lengths_PG, weight_V), (), random.gradients((P, G, G)))
 
 
-def weighted_token_f1(tokens_PGT: Tensor, lengths_PG: Tensor, weight_V: Tensor, **options: Any) -> Outputs:
-    return (token_f1(tokens_PGT, lengths_PG, weight_V, **options),)
+def make_plain_token_f1(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    problem = make_token_f1(sizes, dtype, device)
+    return replace(problem, arguments=problem.arguments[:2])
 
 
-def plain_token_f1(tokens_PGT: Tensor, lengths_PG: Tensor, weight_V: Tensor, **options: Any) -> Outputs:
-    return (token_f1(tokens_PGT, lengths_PG, **options),)
+def make_far_token_f1(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+    problem = make_token_f1(sizes, dtype, device)
+    tokens_PGT, *others = problem.arguments
+    return replace(problem, arguments=(far_apart(tokens_PGT.short()), *others))
+
+
+def token_f1_alone(*arguments: Tensor, **options: Any) -> Outputs:
+    return (token_f1(*arguments, **options),)
+
+
+def token_f1_alone_reference(*arguments: Tensor) -> Outputs:
+    return (token_f1_reference(*arguments),)
 
 
 def naive_token_f1(tokens_PGT: Tensor, lengths_PG: Tensor, weight_V: Tensor) -> Outputs:
@@ -257,27 +220,32 @@ def naive_token_f1(tokens_PGT: Tensor, lengths_PG: Tensor, weight_V: Tensor) -> 
     return (2 * (shared_PGGV @ weight_V) / total_PGG.clamp(min=1e-9),)
 
 
-def token_f1_operations(sizes: Sizes) -> tuple[int, int]:
-    pairs = sizes["P"] * sizes["G"] * (sizes["G"] + 1) // 2  # i ≤ j: the F1 is symmetric
-    return 2 * pairs * sizes["T"] ** 2, 0  # compare every token with every token, and count
-
-
 OPS = {
     op.name: op
     for op in (
         Op(
-            "group_consistency", make_group_consistency,
-            (partial(group_consistency, return_indicator=True), group_consistency, masked_group_consistency),
-            group_consistency_reference, naive_group_consistency, group_consistency_operations,
-            compile_sizes=tuple({"P": 8, "G": G, "D": D} for G, D in ((64, 4096), (8, 1024), (32, 1024), (7, 501))),
+            "group_consistency",
+            (Call(make_group_consistency, with_indicator, group_consistency_reference),
+             Call(make_group_consistency, group_consistency, consistency_and_cosine_reference),
+             Call(make_masked_group_consistency, with_indicator, group_consistency_reference),
+             Call(make_frozen_group_consistency, with_indicator, group_consistency_reference)),
+            naive_group_consistency, group_consistency_operations,
+            compile_sizes=tuple({"P": 8, "G": G, "D": D} for G, D in (
+                (64, 4096), (32, 1024), (16, 1024), (8, 1024), (4, 1024), (2, 1024), (7, 501))),
             traffic_sizes={"P": 32, "G": 8, "D": 1024},
-            check_sizes=({"P": 3, "G": 7, "D": 63}, {"P": 9, "G": 8, "D": 1024}, {"P": 1, "G": 64, "D": 500}),
+            check_sizes=tuple({"P": P, "G": G, "D": D} for P, G, D in (
+                (3, 7, 63), (9, 8, 1024), (5, 2, 501), (5, 4, 256), (3, 16, 500), (3, 32, 256), (2, 64, 500))),
             cpu_sizes={"P": 256, "G": 8, "D": 1024}, short_sizes={"P": 8, "G": 8, "D": 256},
-            gpu_sizes={"P": 256, "G": 8, "D": 4096}, promise=Promise(time_at_most=1 / 5, memory_at_most=1 / 4),
+            gpu_sizes={"P": 256, "G": 8, "D": 4096},
+            hard_calls=(Call(make_extreme_group_consistency, with_indicator, group_consistency_reference),
+                        Call(make_far_group_consistency, with_indicator, group_consistency_reference)),
+            promise=Promise(time_at_most=1 / 5, memory_at_most=1 / 4),
         ),
         Op(
-            "segment_means", make_segment_means, (segment_means,), segment_means_reference, naive_segment_means,
-            lambda sizes: (2 * sizes["N"] * sizes["H"],) * 2,
+            "segment_mean",
+            (Call(make_segment_means, segment_means, segment_means_reference),
+             Call(make_one_segment_mean, segment_means, segment_means_reference)),
+            naive_segment_means, lambda sizes: (2 * sizes["N"] * sizes["H"],) * 2,
             compile_sizes=tuple({"N": 512, "H": H, "responses": 8, "claims": 24} for H in (1024, 4096, 501)),
             traffic_sizes={"N": 1024, "H": 512, "responses": 8, "claims": 32},
             check_sizes=({"N": 501, "H": 63, "responses": 7, "claims": 33},
@@ -285,10 +253,13 @@ OPS = {
             cpu_sizes={"N": 8192, "H": 1024, "responses": 64, "claims": 256},
             short_sizes={"N": 512, "H": 128, "responses": 4, "claims": 16},
             gpu_sizes={"N": 16384, "H": 4096, "responses": 128, "claims": 512},
+            hard_calls=(Call(make_far_segment_means, segment_means, segment_means_reference),),
         ),
         Op(
-            "token_logprob", make_token_logprob, (token_logprob, token_logprob_without_entropy),
-            token_logprob_reference, naive_token_logprob, token_logprob_operations,
+            "token_logprob",
+            (Call(make_token_logprob, token_logprob, token_logprob_reference),
+             Call(make_tempered_token_logprob, token_logprob_alone, token_logprob_alone_reference)),
+            naive_token_logprob, token_logprob_operations,
             compile_sizes=({"N": 64, "H": 64, "V": 32000}, {"N": 63, "H": 63, "V": 1003}),
             traffic_sizes={"N": 256, "H": 64, "V": 512}, traffic_options={"chunk_tokens": 16},
             check_sizes=({"N": 63, "H": 65, "V": 1003}, {"N": 501, "H": 256, "V": 4096}),
@@ -296,27 +267,16 @@ OPS = {
             gpu_sizes={"N": 16384, "H": 4096, "V": 32768}, promise=Promise(time_at_most=1.4, memory_at_most=1 / 4),
         ),
         Op(
-            "token_f1", make_token_f1, (weighted_token_f1, plain_token_f1),
-            lambda *arguments: (token_f1_reference(*arguments),), naive_token_f1, token_f1_operations,
+            "token_f1",
+            (Call(make_token_f1, token_f1_alone, token_f1_alone_reference),
+             Call(make_plain_token_f1, token_f1_alone, token_f1_alone_reference)),
+            naive_token_f1, lambda sizes: (0, 0),  # each way to count has its own arithmetic; none is a bound
             compile_sizes=({"P": 4, "G": 8, "T": 128, "V": 32000}, {"P": 3, "G": 5, "T": 501, "V": 1003}),
             traffic_sizes={"P": 2, "G": 8, "T": 128, "V": 256},
             check_sizes=({"P": 3, "G": 5, "T": 63, "V": 40}, {"P": 2, "G": 8, "T": 500, "V": 1003}),
             cpu_sizes={"P": 32, "G": 8, "T": 128, "V": 32000}, short_sizes={"P": 2, "G": 4, "T": 32, "V": 100},
-            gpu_sizes={"P": 256, "G": 8, "T": 128, "V": 32768}, dtypes=(torch.float32,),
+            gpu_sizes={"P": 256, "G": 8, "T": 128, "V": 32768},
+            hard_calls=(Call(make_far_token_f1, token_f1_alone, token_f1_alone_reference),), dtypes=(torch.float32,),
         ),
     )
 }
-
-
-def largest_difference(value: Tensor, right: Tensor) -> float:
-    """As a share of the right one's largest value; NaN if either holds one."""
-    value, right = value.detach().cpu().double(), right.detach().cpu().double()
-    return float((value - right).abs().max() / right.abs().max().clamp(min=1e-30))
-
-
-def sizes_text(sizes: Sizes) -> str:
-    return ", ".join(f"{name} = {value:,}" for name, value in sizes.items())
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ options) once for each target.
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -20,7 +21,7 @@ from unittest import mock
 
 import torch
 import triton
-from kernels_cases import Op, dtype_name, sizes_text
+from kernels_problem import Op, dtype_name, sizes_text
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -132,7 +133,9 @@ def specialise(kernel: JITFunction, target: str, arguments: tuple[Any, ...], opt
 
 
 def launches_of(op: Op) -> dict[str, tuple[Launch, str, str]]:
-    """Every kernel of its forward and backward in every dtype and size; at the first size, in every way to call it.
+    """Every kernel of its forward and backward at every size: the first call's in every dtype, the others' in two.
+
+    Those are the first and the last dtype: in float16 nothing but pointers differs from bfloat16.
 
     Returns:
         by ``Launch.key``: the launch, and the first dtype and sizes that led to it.
@@ -142,15 +145,15 @@ def launches_of(op: Op) -> dict[str, tuple[Launch, str, str]]:
     """
     found: dict[str, tuple[Launch, str, str]] = {}
     for dtype in op.dtypes:
-        for sizes in op.compile_sizes:
-            problem = op.make(sizes, dtype, "cpu")
-            for call in op.calls if sizes == op.compile_sizes[0] else op.calls[:1]:
-                with recorded() as launches:
-                    problem.backward(call(*problem.arguments, backend="triton"))
-                if not launches:
-                    raise RuntimeError(f"{op.name}: backend='triton' launched no kernel for {sizes_text(sizes)}")
-                for key, launch in launches.items():
-                    found.setdefault(key, (launch, dtype_name(dtype), sizes_text(sizes)))
+        calls = op.calls if dtype in (op.dtypes[0], op.dtypes[-1]) else op.calls[:1]
+        for sizes, call in itertools.product(op.compile_sizes, calls):
+            problem = call.make(sizes, dtype, "cpu")
+            with recorded() as launches:
+                problem.backward(call.function(*problem.arguments, backend="triton"))
+            if not launches:
+                raise RuntimeError(f"{op.name}: backend='triton' launched no kernel for {sizes_text(sizes)}")
+            for key, launch in launches.items():
+                found.setdefault(key, (launch, dtype_name(dtype), sizes_text(sizes)))
     return found
 
 
@@ -178,8 +181,8 @@ def _read_cubin(assembly: Any, metadata: Any) -> Resources:
 
 
 def _read_hsaco(assembly: Any, metadata: Any) -> Resources:
-    """From the metadata that the assembler puts into the hsaco."""
+    """From the metadata that the assembler puts into the hsaco; there, accumulation registers are vector registers."""
     said = assembly["amdgcn"].split(".amdgpu_metadata")[1]
     figures = {name: int(value) for name, value in re.findall(r"^[\s-]*\.(\w+): +(\d+)$", said, re.MULTILINE)}
-    return Resources(figures["vgpr_count"] + figures["agpr_count"], figures["private_segment_fixed_size"],
+    return Resources(figures["vgpr_count"], figures["private_segment_fixed_size"],
                      metadata.shared, figures["vgpr_spill_count"] + figures["sgpr_spill_count"])

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels_cases import OPS, Op, Outputs, Problem, Sizes, largest_difference, sizes_text
+from kernels_cases import OPS
+from kernels_problem import Op, Outputs, Problem, Sizes, largest_difference, sizes_text
 from live_run import Progress
 
 OURS, NAIVE, COMPILED = "torch path", "naive", "torch.compile of naive"
@@ -38,7 +39,7 @@ MAPPED_FROM_BYTES = 65536
 
 def variants(op: Op) -> dict[str, Callable[..., Outputs]]:
     """Without what cannot be compiled here."""
-    ours = op.calls[0]
+    ours = op.calls[0].function
     functions: dict[str, Callable[..., Outputs]] = {
         OURS: lambda *arguments: ours(*arguments, backend="torch"), NAIVE: op.naive}
     return functions if why_not_compiled() else functions | {COMPILED: torch.compile(op.naive, dynamic=False)}
@@ -150,7 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     op = OPS[options.op]
-    problem = op.make(options.sizes, torch.float32, "cpu")
+    problem = op.problem(options.sizes, torch.float32, "cpu")
     if options.what == "time":
         print(json.dumps(times(op, problem, options.repeats)))
     else:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels_cases import OPS, Op, sizes_text
+from kernels_cases import OPS
 from kernels_compile import TARGETS, Launch, Resources
+from kernels_problem import Op, sizes_text
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
@@ -51,7 +52,7 @@ class Row:
 def bound_seconds(op: Op, peak: Peak) -> tuple[float, float]:
     """No forward, no backward pass of ``gpu_sizes`` in bfloat16 can be faster on this GPU."""
     with FakeTensorMode():  # shapes without memory
-        moved_bytes = op.make(op.gpu_sizes, torch.bfloat16, "cpu").minimum_bytes
+        moved_bytes = op.problem(op.gpu_sizes, torch.bfloat16, "cpu").minimum_bytes
     per_second = peak.bf16_per_second if op.name in MATRIX_PRODUCTS else peak.fp32_per_second
     forward, backward = (max(count / peak.bytes_per_second, operations / per_second)
                          for count, operations in zip(moved_bytes, op.operations(op.gpu_sizes), strict=True))
@@ -60,7 +61,7 @@ def bound_seconds(op: Op, peak: Peak) -> tuple[float, float]:
 
 def resource_table(rows: Sequence[Row]) -> str:
     """One line for each kernel and dtype: the largest of its launches."""
-    header = ["op", "kernel", "inputs", "versions", *TARGETS, "spills"]
+    header = ["op", "kernel", "inputs", "versions", *TARGETS, "spills", "most registers at"]
     lines = [header, ["---"] * len(header)]
     for op, kernel, dtype in dict.fromkeys((row.op, row.launch.kernel, row.dtype) for row in rows):
         of_kernel = [row for row in rows if (row.op, row.launch.kernel, row.dtype) == (op, kernel, dtype)]
@@ -71,7 +72,8 @@ def resource_table(rows: Sequence[Row]) -> str:
             cells.append(f"{max(one.registers for one in needs)} · {shared_kb:.3g}")
         spills = max(row.resources.private_bytes + row.resources.spilled_registers for row in of_kernel)
         versions = sum(row.launch.target == next(iter(TARGETS)) for row in of_kernel)
-        lines.append([op, f"`{kernel}`", dtype, str(versions), *cells, str(spills)])
+        largest = max(of_kernel, key=lambda row: row.resources.registers)
+        lines.append([op, f"`{kernel}`", dtype, str(versions), *cells, str(spills), largest.sizes])
     return _markdown(lines)
 
 
@@ -108,7 +110,7 @@ def document(rows: Sequence[Row], traffic: dict[str, Any]) -> str:
     sources = "\n".join(f"- {name}: {peak.source}" for name, peak in PEAKS.items())
     return f"""
 Compiled, not run: vector registers of a thread · KB of shared memory of a program, the largest of all versions (block
-sizes, with and without what is optional, sizes that 16 divides and that nothing divides).
+sizes, sizes that 16 divides and that nothing divides; in bfloat16 and float32 with and without what is optional).
 Limits: {", ".join(f"{name} {target.shared_limit_bytes // 1024} KB" for name, target in TARGETS.items())}; no spills.
 
 {resource_table(rows)}
@@ -120,8 +122,9 @@ of that comes from the L2 cache.
 {traffic_table(traffic)}
 
 A bound, not a measurement: forward / backward in bfloat16 cannot be faster than the minimum of bytes at the published
-bandwidth, nor than the arithmetic at the published dense peak (bfloat16 for matrix products, else float32). The logits
-that `token_logprob` moves beyond its minimum are no part of it: at these sizes arithmetic takes longer.
+bandwidth, nor than the arithmetic at the published dense peak (bfloat16 for matrix products, else float32; none for
+`token_f1`, as each way to count has its own). The logits that `token_logprob` moves beyond its minimum are no part of
+it: at these sizes arithmetic takes longer.
 
 {sources}
 

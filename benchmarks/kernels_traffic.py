@@ -18,14 +18,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-from kernels_cases import OPS, Op, sizes_text, tensors_in
+from kernels_cases import OPS
+from kernels_problem import Op, sizes_text, tensors_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 PYTORCH = "PyTorch"
 _MOVES_NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh")
-_OVERWRITES = ("copy_", "fill_", "zero_")
+_ONLY_WRITES = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "fill_", "zero_")
 
 
 class Traffic(TorchDispatchMode):
@@ -40,9 +41,8 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if self._kernel is None and not func.is_view and name not in _MOVES_NOTHING:
-            overwrites = name in _OVERWRITES or (name == "addmm" and (kwargs or {}).get("beta") == 0)
-            read = args[1:] if overwrites else args
-            self.bytes[PYTORCH] += sum(map(_touched_bytes, [*tensors_in(read), *tensors_in(result)]))
+            touched = _read_and_written(name, args, kwargs or {}, result)
+            self.bytes[PYTORCH] += sum(map(_touched_bytes, tensors_in(touched)))
         return result
 
     @contextmanager
@@ -78,18 +78,31 @@ class Traffic(TorchDispatchMode):
         self.bytes[str(self._kernel)] += num_addresses * max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
 
 
+def _read_and_written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[Any, Any]:
+    """Tensors, or others with as many bytes."""
+    if name in _ONLY_WRITES:
+        return (), result
+    if name == "copy_" or (name in ("addmm", "addmm_") and kwargs.get("beta") == 0):
+        return args[1:], result
+    if name == "index":  # the rows that are taken, not all there are
+        return (args[1], result), result
+    if name == "index_put_":
+        return args[1:3], args[2]
+    return args, result
+
+
 def _touched_bytes(tensor: Tensor) -> int:
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())  # the first counts what is expanded again and again
 
 
 def traffic(op: Op) -> dict[str, Any]:
     """Bytes moved, by kernel, and the minimum; forward and backward."""
-    problem = op.make(op.traffic_sizes, torch.float32, "cpu")
+    problem = op.problem(op.traffic_sizes, torch.float32, "cpu")
     moved: dict[str, Counter[str]] = {}
     for direction in ("forward", "backward"):
         with Traffic() as counter, counter.of_kernels():
             if direction == "forward":
-                outputs = op.calls[0](*problem.arguments, backend="triton", **op.traffic_options)
+                outputs = op.calls[0].function(*problem.arguments, backend="triton", **op.traffic_options)
             else:
                 problem.backward(outputs)
         moved[direction] = counter.bytes

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +17,12 @@ import kernels_cpu
 import kernels_gpu
 import pytest
 import torch
-from kernels_cases import OPS, Op, Outputs, Problem, largest_difference
+from kernels_cases import OPS
+from kernels_problem import Call, Op, Outputs, Problem, Sizes, largest_difference
 from torch import Tensor
 
 import kernels
+from asa_kernels.group_consistency import _BACKWARD_BLOCKS, _FORWARD_BLOCKS
 
 triton = pytest.importorskip("triton")
 
@@ -45,9 +50,15 @@ def gram(x: Tensor, block: int, backend: str) -> Outputs:
 
 
 def gram_op(block: int) -> Op:
+    def make(sizes: Sizes, dtype: torch.dtype, device: str) -> Problem:
+        return Problem((torch.ones(200, 200, dtype=dtype), sizes["B"]), (), ())
+
     return dataclasses.replace(
-        OPS["token_f1"], name="gram", calls=(gram,), compile_sizes=({"B": block},),
-        make=lambda sizes, dtype, device: Problem((torch.ones(200, 200, dtype=dtype), sizes["B"]), (), ()))
+        OPS["token_f1"], name="gram", calls=(Call(make, gram, gram),), compile_sizes=({"B": block},))
+
+
+def with_function(op: Op, function: Any) -> Op:
+    return dataclasses.replace(op, calls=(dataclasses.replace(op.calls[0], function=function),))
 
 
 def launches_for(block: int, target: str) -> list[Launch]:
@@ -79,9 +90,44 @@ def test_the_same_launch_is_recorded_once() -> None:
 
 
 def test_an_operation_that_launches_nothing_is_not_passed_over() -> None:
-    silent = dataclasses.replace(gram_op(16), calls=(lambda x, block, backend: (x,),))
+    silent = with_function(gram_op(16), lambda x, block, backend: (x,))
     with pytest.raises(RuntimeError, match="gram: backend='triton' launched no kernel for B = 16"):
         launches_of(silent)
+
+
+RECORD = """
+import json
+from kernels_cases import OPS
+from kernels_compile import launches_of
+print(json.dumps([
+    [launch.kernel, dtype, dict(zip([list(launch.signature)[path[0]] for path in launch.constexprs],
+                                    launch.constexprs.values()))]
+    for launch, dtype, _ in launches_of(OPS["group_consistency"]).values()]))
+"""
+
+
+def test_every_entry_of_the_block_tables_is_compiled() -> None:
+    """In a process of its own: this one interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    said = subprocess.run([sys.executable, "-c", RECORD], env=environment, stdout=subprocess.PIPE, text=True,
+                          check=True, timeout=200).stdout
+    found = json.loads(said)
+
+    def groups(kernel: str, dtype: str, *given: str) -> set[int]:
+        """Where none of these pointers is None: a None is a constant."""
+        return {constants["GROUP"] for name, of_dtype, constants in found
+                if (name, of_dtype) == (kernel, dtype) and not constants.keys() & set(given)}
+
+    for dtype in ("bfloat16", "float16", "float32"):
+        element_bytes = getattr(torch, dtype).itemsize
+        assert {(group, element_bytes) for group in groups("_forward_kernel", dtype)} == {
+            key for key in _FORWARD_BLOCKS if key[1] == element_bytes}
+        for kernel in ("_pair_gradient_kernel", "_embedding_gradient_kernel"):
+            assert groups(kernel, dtype) == set(_BACKWARD_BLOCKS)
+    for dtype in ("bfloat16", "float32"):
+        trainers = groups("_embedding_gradient_kernel", dtype, "valid_ptr_PG", "d_embedding_ptr_PGD", "d_w_ptr_C2D")
+        assert trainers == set(_BACKWARD_BLOCKS)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
@@ -178,20 +224,38 @@ def test_bytes_are_those_that_kernels_and_pytorch_touch() -> None:
     assert counter.bytes == {PYTORCH: 4 * (50 + 50 + 50) + 4 * (50 + 50)}
 
 
+def test_bytes_of_a_gather_in_chunks_are_those_of_the_rows_taken() -> None:
+    x, index = torch.ones(100, 8), torch.arange(0, 100, 2)
+    with Traffic() as counter:
+        out = torch.zeros_like(x)  # written
+        for chunk in index.split(25):
+            out[chunk] = x[chunk]  # index, rows read and written; index, rows read and written
+    row_bytes, index_bytes = 4 * 8, 8
+    assert counter.bytes == {PYTORCH: 100 * row_bytes + 50 * 2 * (index_bytes + 2 * row_bytes)}
+
+
+def test_a_product_that_overwrites_does_not_read_what_was_there() -> None:
+    out, left, right = torch.ones(30, 40), torch.ones(30, 5), torch.ones(5, 40)
+    for beta, passes in ((0, 1), (1, 2)):
+        with Traffic() as counter:
+            out.addmm_(left, right, beta=beta)
+        assert counter.bytes == {PYTORCH: 4 * (30 * 5 + 5 * 40 + passes * 30 * 40)}
+
+
 # --- cpu ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", OPS)
 def test_all_variants_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda program: None)  # torch.compile takes a minute
     functions = kernels_cpu.variants(OPS[name])
     assert set(functions) == {kernels_cpu.OURS, kernels_cpu.NAIVE}
-    problem = OPS[name].make(OPS[name].short_sizes, torch.float32, "cpu")
+    problem = OPS[name].problem(OPS[name].short_sizes, torch.float32, "cpu")
     assert kernels_cpu.disagreement(problem, functions) is None
 
 
 def test_a_variant_that_computes_something_else_gets_no_time() -> None:
-    op = dataclasses.replace(OPS["segment_means"], calls=(lambda hidden, segmentations, backend: tuple(
-        1.01 * pooled for pooled in OPS["segment_means"].naive(hidden, segmentations)),))
-    problem = op.make(op.short_sizes, torch.float32, "cpu")
+    op = with_function(OPS["segment_mean"], lambda hidden, segmentations, backend: tuple(
+        1.01 * pooled for pooled in OPS["segment_mean"].naive(hidden, segmentations)))
+    problem = op.problem(op.short_sizes, torch.float32, "cpu")
     result = kernels_cpu.times(op, problem, repeats=1)
     assert list(result) == ["wrong"] and "'torch path' differs" in result["wrong"]
 
@@ -248,15 +312,55 @@ def test_wrong_results_get_no_speeds(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "speeds" not in json.loads(said.out)
 
 
+def test_what_differs_when_it_is_measured_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"sizes": "N = 1", "kernels": {"forward_ms": 1.0}, "eager": {"wrong": ["result 0 is off"]}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(kernels_gpu, "errors", lambda device, progress: [])
+    monkeypatch.setattr(kernels_gpu, "speeds", lambda progress: {"token_f1": figures})
+    assert kernels.main(["gpu"]) == 1
+    said = capsys.readouterr()
+    assert "token_f1: eager: result 0 is off" in said.err
+    assert json.loads(said.out)["speeds"]["token_f1"] == figures
+
+
+def test_what_differs_is_not_measured() -> None:
+    """Would it be, it would fail: there is no GPU."""
+    op = OPS["segment_mean"]
+    problem = op.problem(op.short_sizes, torch.float32, "cpu")
+    doubled = kernels_cpu.forward_backward(problem, lambda *inputs: tuple(2 * mean for mean in op.naive(*inputs)))
+    result = kernels_gpu.measured(problem, op.naive, doubled, 0.1, ("forward",))
+    assert list(result) == ["wrong"] and len(result["wrong"]) == 3, "two outputs, one gradient"
+
+
+CALLS = [(op, call) for op in OPS.values() for call in (*op.calls, *op.hard_calls)]
+
+
+@pytest.mark.parametrize(("op", "call"), CALLS, ids=[f"{op.name}-{call.make.__name__}" for op, call in CALLS])
+def test_kernels_pass_its_check(op: Op, call: Call) -> None:
+    dtype = op.dtypes[0]
+    problem = call.make(op.check_sizes[0], dtype, "cpu")
+    assert kernels_gpu.errors_of(call, problem, kernels_gpu.LARGEST_ERROR[dtype]) == []
+
+
 @pytest.mark.parametrize("name", OPS)
-def test_kernels_pass_its_check_and_wrong_ones_do_not(name: str) -> None:
+def test_wrong_kernels_do_not(name: str) -> None:
     op = OPS[name]
-    problem = op.make(op.check_sizes[0], torch.float32, "cpu")
-    assert list(kernels_gpu.errors_of(op, problem, 1e-4)) == []
-    wrong = dataclasses.replace(op, calls=(lambda *arguments, backend: tuple(
-        1.001 * output for output in op.calls[0](*arguments, backend=backend)),))
+    problem = op.problem(op.check_sizes[0], torch.float32, "cpu")
+    wrong = with_function(op, lambda *arguments, backend: tuple(
+        1.001 * output for output in op.calls[0].function(*arguments, backend=backend)))
     num_results = len(problem.output_gradients) + len(problem.differentiable)
-    assert len(list(kernels_gpu.errors_of(wrong, problem, 1e-4))) == num_results, "every output, every gradient"
+    assert len(kernels_gpu.errors_of(wrong.calls[0], problem, 1e-4)) == num_results, "every output, every gradient"
+
+
+def test_kernels_that_give_other_bits_do_not() -> None:
+    op, turns = OPS["token_f1"], iter((1.0, 1.0 + 1e-6))
+    problem = op.problem(op.check_sizes[0], torch.float32, "cpu")
+    restless = with_function(op, lambda *arguments, backend: tuple(
+        next(turns) * output for output in op.calls[0].function(*arguments, backend=backend)))
+    assert kernels_gpu.errors_of(restless.calls[0], problem, 1e-4) == ["result 0 has other bits the second time"]
 
 
 def test_not_a_number_is_a_difference() -> None:
