@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,17 +17,6 @@ from asa_kernels.segment_mean import TOKENS_PER_RUN, _backward_kernel, _run_boun
 Segmentations = Sequence[tuple[Tensor, int]]
 
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def scratch_is_nan() -> Iterator[None]:
-    """What ``torch.empty`` returns holds NaN: whoever reads it before writing it is seen."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _inputs(
@@ -144,8 +133,8 @@ def test_non_contiguous(backend: Backend) -> None:
     _check(hidden_NH[::2, 1:4], [(segment_ids_N[::2], 4)], backend)
 
 
-def test_offsets_past_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+@pytest.mark.usefixtures("addresses_are_free")
+def test_offsets_past_2_to_the_31_elements() -> None:
     # 4 GB of addresses, of which only the pages of the three rows become memory. The stride itself fits into 32 bits.
     hidden_NH = torch.empty_strided((3, 3), (2**30 + 8, 1), dtype=torch.bfloat16)
     for row in range(3):
@@ -154,8 +143,8 @@ def test_offsets_past_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(pooled_SH, torch.tensor([[0.0] * 3, [1.5] * 3]))
 
 
-def test_gradient_offsets_past_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+@pytest.mark.usefixtures("addresses_are_free")
+def test_gradient_offsets_past_2_to_the_31_elements() -> None:
     size = 2**30 + 8  # of a row, of which the one block of columns that runs covers 4
     d_pooled_SH = torch.empty_strided((3, 4), (size, 1))
     d_pooled_SH[:] = torch.arange(1.0, 13.0).reshape(3, 4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,16 +12,6 @@ from asa_kernels import token_f1, token_f1_reference
 from asa_kernels.backend import Backend
 
 for_both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-
-
-@pytest.fixture
-def nan_scratch() -> Iterator[None]:
-    """``torch.empty`` gives NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills as well, as torch.utils.deterministic has it by default
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def _check(tokens_PGT: Tensor, lengths_PG: Tensor, weight_V: Tensor | None, backend: Backend) -> None:
@@ -112,7 +100,6 @@ def test_identical_responses_and_many_repetitions(backend: Backend) -> None:
 
 @for_both_backends
 @pytest.mark.parametrize(("num_responses", "num_tokens"), [(3, 127), (2, 128), (2, 129), (3, 257)])
-@pytest.mark.usefixtures("nan_scratch")
 def test_responses_of_several_blocks(backend: Backend, num_responses: int, num_tokens: int) -> None:
     tokens_PGT, _, weight_V = _group((1, num_responses, num_tokens), vocabulary=7)
     lengths_PG = torch.tensor([[num_tokens, num_tokens // 2, 0]])[:, :num_responses]
@@ -143,6 +130,7 @@ def test_non_contiguous(backend: Backend) -> None:
     _check(tokens_PGT, lengths_PG, torch.arange(1.0, 9.0)[::2], backend)
 
 
+@pytest.mark.usefixtures("addresses_are_free")
 @for_both_backends
 @pytest.mark.parametrize("far_dimension", [0, 1, 2])
 def test_tokens_more_than_two_to_the_31_apart(backend: Backend, far_dimension: int) -> None:
@@ -154,6 +142,7 @@ def test_tokens_more_than_two_to_the_31_apart(backend: Backend, far_dimension: i
     _check(far_PGT, lengths_PG.clamp(min=3), weight_V, backend)
 
 
+@pytest.mark.usefixtures("addresses_are_free")
 @for_both_backends
 def test_weights_more_than_two_to_the_31_apart(backend: Backend) -> None:
     tokens_PGT, lengths_PG, weight_V = _group((2, 3, 5), vocabulary=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,17 +18,6 @@ from asa_kernels.backend import Backend
 from asa_kernels.token_logprob import _triton_backward, _triton_forward
 
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def scratch_is_nan() -> Iterator[None]:
-    """What ``torch.empty`` returns holds NaN: whoever reads it before writing it is seen."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _inputs(num_tokens: int, size: int, vocabulary: int, ignored: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,9 +201,9 @@ def test_mixed_dtypes(backend: Backend) -> None:
         torch.testing.assert_close(value.double(), reference, rtol=rounding, atol=1e-5)
 
 
+@pytest.mark.usefixtures("addresses_are_free")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_offsets_past_2_to_the_31_elements(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+def test_offsets_past_2_to_the_31_elements(dtype: torch.dtype) -> None:
     # 8 GB of addresses, of which only the pages of the three rows become memory. The stride alone is an int32.
     logits_CV = torch.empty_strided((3, 5), (2**30 + 8, 1))
     logits_CV[:] = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
