@@ -16,7 +16,7 @@ TOP_LEVEL = {
 }
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "common.py", "manager.py"}
 MAX_LINES = 450
-LISTED_BY_MODULE = ("asa_dist", "benchmarks")  # of other folders the README's tree names no files
+LISTED_BY_MODULE = ("asa_dist", "kernels", "benchmarks")  # of other folders the README's tree names no files
 TREE_LINE = re.compile(r"(?P<indent>(?:  )*)(?P<name>[\w.-]+(?:/[\w.-]+)*(?:/|\.py)) +(?P<purpose>\S.*)|(?P<top>\w+/)")
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from asa_dist.asa.loop import part_of
 from asa_dist.asa.objective import GlobalCounts, StepInputs, step_inputs
+from asa_dist.asa.stepping import part_of
 from asa_dist.asa.trust import AlignmentState
 from asa_dist.config import Config, ConfigError, ModelConfig, RolloutConfig, build_config
 from asa_dist.config_text import read_tree

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from asa_dist.asa.loop import LARGEST_EXPONENT, part_of
+from asa_dist.asa.loop import LARGEST_EXPONENT
+from asa_dist.asa.stepping import part_of
 from asa_dist.config import ConfigError
 from asa_dist.evaluation import probes as probing
 from asa_dist.evaluation.checkpoint_model import CheckpointModel, default_device, open_checkpoint

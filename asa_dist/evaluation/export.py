@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from asa_dist import __version__
 from asa_dist.asa.heads import MetaOptimizer
-from asa_dist.asa.loop import part_of
+from asa_dist.asa.stepping import part_of
 from asa_dist.config import ConfigError
 from asa_dist.evaluation.checkpoint_model import GENERATOR, CheckpointModel, open_checkpoint
 from asa_dist.rollout.weights import DTYPES
