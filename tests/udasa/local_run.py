@@ -27,6 +27,7 @@ from asa_dist.udasa.curriculum import plan_curriculum
 from asa_dist.udasa.loop import UdasaLoop
 from asa_dist.udasa.objective import PairInputs, preference_loss
 from tests.asa import worlds
+from tests.asa.local_run import ListRecorder as AsaRecorder
 
 ROW = 32
 NUM_PAIRS = 27  # nine in every stage: one of them held out, three steps of up to three
@@ -146,21 +147,9 @@ class WatchedFeed(PreferenceFeed):
 
 
 @dataclass
-class ListRecorder:
-    rows: list[dict[str, float]] = field(default_factory=list)
-    prompt_ids: list[list[int]] = field(default_factory=list)
-    skipped_steps: list[int] = field(default_factory=list)
+class ListRecorder(AsaRecorder):
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
-
-    def metrics(self, values: dict[str, float]) -> None:
-        self.rows.append(values)
-
-    def trained(self, step: int, prompt_ids: list[int], skipped: bool) -> None:
-        self.prompt_ids.append(prompt_ids)
-
-    def skipped(self, step: int, reason: str, prompt_ids: list[int]) -> None:
-        self.skipped_steps.append(step)
 
     def event(self, name: str, /, **details: Any) -> None:
         self.events.append((name, details))
