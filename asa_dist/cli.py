@@ -20,6 +20,7 @@ from asa_dist.runtime.stopping import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_INTERRU
 
 if TYPE_CHECKING:
     from asa_dist.config import Config
+    from asa_dist.rounds import Stage
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_options(resume)
     resume.set_defaults(action=resume_command)
 
+    _add_udasa(commands)
+
     inspect = commands.add_parser(
         "inspect", help="what a run has done and can go on from",
         description="Ledger totals, checkpoints with their verdicts, deaths and restarts of a run. Exit code 1 if "
@@ -59,6 +62,27 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
     doctor.set_defaults(action=doctor_command)
     return parser
+
+
+def _add_udasa(commands: Any) -> None:
+    udasa = commands.add_parser(
+        "udasa", help="one stage of a UDASA run", description="One stage of the first round that is not finished."
+    )
+    stages = udasa.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for stage, what in (
+        ("measure", "responses to every prompt, and how uncertain each is"),
+        ("pairs", "preference pairs of what was measured"),
+        ("train", "the curriculum of DPO on the pairs"),
+    ):
+        command = stages.add_parser(stage, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        command.add_argument("target", type=Path, metavar="CONFIG|RUN", help="YAML file: new run; run folder: goes on")
+        _add_run_options(command)
+        command.add_argument("--run-dir", type=Path, metavar="DIR", help="new run (default: runs/CONFIG-DATE-TIME)")
+        if stage == "pairs":
+            command.add_argument(
+                "--show", type=_bounded(1, 2**31), metavar="K", help="print the K clearest and the K most doubtful"
+            )
+        command.set_defaults(action=udasa_command)
 
 
 def _add_after_training(commands: Any) -> None:
@@ -160,15 +184,21 @@ def train_command(options: argparse.Namespace) -> int:
     from asa_dist.config import load_config
 
     config = load_config(options.config, _overrides(options, options.config))
-    run_dir = options.run_dir or Path("runs") / f"{options.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return _run(config, run_dir, str(options.config), options, resume=False)
+    return _run(config, _new_run_dir(options, options.config), str(options.config), options, resume=False)
+
+
+def _new_run_dir(options: argparse.Namespace, config: Path) -> Path:
+    return options.run_dir or Path("runs") / f"{config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def resume_command(options: argparse.Namespace) -> int:
+    from asa_dist.config_text import read_tree
     from asa_dist.resume import config_path, latest_step, load_run_config
 
     run_dir = options.run_dir
     path = config_path(run_dir)
+    if read_tree(path).get("method") == "udasa":
+        return _resume_udasa(run_dir, options)
     config = load_run_config(run_dir, _overrides(options, path))
     num_steps = config.train.steps
     step = latest_step(run_dir, num_steps)
@@ -183,21 +213,64 @@ def resume_command(options: argparse.Namespace) -> int:
     return _run(config, run_dir, str(path), options, resume=True)
 
 
-def _run(config: Config, run_dir: Path, origin: str, options: argparse.Namespace, *, resume: bool) -> int:
-    """``origin``: the config's name in messages."""
-    from asa_dist.config import ConfigError, dump_config
-    from asa_dist.launcher import assign_gpus, describe, run_training
+def _resume_udasa(run_dir: Path, options: argparse.Namespace, *stages: Stage) -> int:
+    from asa_dist.resume import config_path, load_run_config
+    from asa_dist.udasa_run import changeable
 
-    gpus = None if options.dry_run else assign_gpus(config, origin)
+    path = config_path(run_dir)
+    config = load_run_config(run_dir, _overrides(options, path), changeable(run_dir))
+    return _run(config, run_dir, str(path), options, resume=True, stages=stages)
+
+
+def udasa_command(options: argparse.Namespace) -> int:
+    from asa_dist.config import ConfigError, load_config
+
+    target = options.target
+    if target.is_dir():
+        code = _resume_udasa(target, options, options.stage)
+    else:
+        config = load_config(target, _overrides(options, target))
+        if config.method != "udasa":
+            raise ConfigError(f"{target}: method = {config.method!r}: asa udasa is for method udasa")
+        target = _new_run_dir(options, target)
+        code = _run(config, target, str(options.target), options, resume=False, stages=(options.stage,))
+    if code == 0 and getattr(options, "show", None) and not options.dry_run:
+        from asa_dist.rounds import newest_round
+        from asa_dist.runtime.pair_files import read_pairs
+        from asa_dist.udasa.pair_text import show_pairs
+
+        made = read_pairs(newest_round(target))
+        print(show_pairs(made.pairs, made.stage_by_id, options.show))
+    return code
+
+
+def _run(
+    config: Config, run_dir: Path, origin: str, options: argparse.Namespace, *, resume: bool,
+    stages: Sequence[Stage] = (),
+) -> int:
+    """
+    Args:
+        origin: the config's name in messages.
+        stages: of UDASA, only these; none = all.
+    """
+    from asa_dist.config import ConfigError, dump_config
+
+    method: Any
+    if config.method == "udasa":
+        from asa_dist import udasa_run as method
+    else:
+        from asa_dist import launcher as method
+    gpus = None if options.dry_run else method.assign_gpus(config, origin)
     from asa_dist.rollout.cluster import ClusterError  # seconds, from here on
     from asa_dist.runtime.data.errors import DataError
     from asa_dist.runtime.model import ModelError
 
     try:
         if gpus is None:
-            print(f"{dump_config(config)}\n{describe(config)}")
+            print(f"{dump_config(config)}\n{method.describe(config)}")
             return 0
-        return run_training(config, run_dir, gpus, resume=resume, started_at=options.started_at)
+        chosen = {"stages": stages} if stages else {}
+        return method.run_training(config, run_dir, gpus, resume=resume, started_at=options.started_at, **chosen)
     except (DataError, ModelError) as error:
         raise ConfigError(str(error)) from None
     except ClusterError as error:
@@ -221,25 +294,29 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 def inspect_command(options: argparse.Namespace) -> int:
     from asa_dist.inspection import as_json, as_text, inspect_run
+    from asa_dist.rounds import newest_round
 
     with _progress() as show:
-        found = inspect_run(options.run_dir, is_quick=options.quick, progress=lambda name: show(f"checking {name}"))
+        folder = newest_round(options.run_dir)
+        found = inspect_run(folder, is_quick=options.quick, progress=lambda name: show(f"checking {name}"))
     print(as_json(found) if options.json else as_text(found))
     return 0 if found.is_sound else EXIT_FAILED
 
 
 def report_command(options: argparse.Namespace) -> int:
     from asa_dist.report import write_report
+    from asa_dist.rounds import newest_round
 
-    print(write_report(options.run_dir, options.out))
+    print(write_report(newest_round(options.run_dir), options.out))
     return 0
 
 
 def export_command(options: argparse.Namespace) -> int:
     from asa_dist.evaluation.export import export_run
+    from asa_dist.rounds import newest_round
 
     with _progress() as show:
-        folder = export_run(options.run_dir, options.out_dir, options.dtype, options.step, show)
+        folder = export_run(newest_round(options.run_dir), options.out_dir, options.dtype, options.step, show)
     print(folder)
     return 0
 
@@ -247,12 +324,13 @@ def export_command(options: argparse.Namespace) -> int:
 def eval_command(options: argparse.Namespace) -> int:
     from asa_dist.config import ConfigError
     from asa_dist.evaluation.evaluate import evaluate_run
+    from asa_dist.rounds import newest_round
 
     if options.lm_eval_include is not None and not options.lm_eval:
         raise ConfigError("--lm-eval-include says where tasks are, but --lm-eval names none")
     with _progress() as show:
         row = evaluate_run(
-            options.run_dir, step=options.step, num_samples=options.samples, probe_file=options.probes,
+            newest_round(options.run_dir), step=options.step, num_samples=options.samples, probe_file=options.probes,
             lm_eval_tasks=options.lm_eval, lm_eval_include=options.lm_eval_include, seed=options.seed, progress=show,
         )  # fmt: skip
     print(json.dumps(row, indent=1, ensure_ascii=False, allow_nan=False))

@@ -90,10 +90,10 @@ class RolloutFeed:
 
 
 class PeriodicCheckpoints:
-    """When a checkpoint is written, and what of the rollouts belongs into it."""
+    """When a checkpoint is written, and what of the rollouts, if there are any, belongs into it."""
 
     def __init__(
-        self, checkpointer: Checkpointer, config: CheckpointConfig, rollouts: RolloutFeed,
+        self, checkpointer: Checkpointer, config: CheckpointConfig, rollouts: RolloutFeed | None,
         recorder: RunRecorder | SilentRecorder, stopping: StopRequests, watchdog: Watchdog, first_step: int,
     ):
         self._checkpointer, self._config, self._rollouts = checkpointer, config, rollouts
@@ -108,7 +108,7 @@ class PeriodicCheckpoints:
         timeout_seconds = PATIENCE * self._config.timeout_seconds
         with self._watchdog.phase(f"writing the checkpoint of step {step}", timeout_seconds):
             # what ends this process may have ended Ray already: queued groups are then generated again
-            rollouts = None if self._stopping.by_signal else self._rollouts.snapshot()
+            rollouts = None if self._rollouts is None or self._stopping.by_signal else self._rollouts.snapshot()
             result = self._checkpointer.save(step, state, rollouts, before_commit=self._recorder.sync)
         if result.ok:
             self._recorder.event("checkpoint", step=step, seconds=round(result.seconds, 3), bytes=result.num_bytes)

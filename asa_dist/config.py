@@ -16,10 +16,13 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from asa_dist.config_rules import CROSS_FIELD_RULES
+from asa_dist.config_rules import broken_rules
 from asa_dist.config_section import Fraction, PositiveInt, Section
 from asa_dist.config_text import ConfigError as ConfigError
 from asa_dist.config_text import dump_tree, read_tree
+from asa_dist.config_udasa import UdasaConfig
+
+PROMPTS_PER_BUNDLE = 8  # of UDASA, unless rollout.groups_per_lease says otherwise
 
 
 class ArchitectureConfig(Section):
@@ -93,7 +96,7 @@ class RolloutConfig(Section):
     threads_per_worker: PositiveInt = Field(1, description="CPU threads of each rollout actor")
     prompts_per_step: PositiveInt = Field(4, description="P, prompts (= groups) per training step, over all ranks")
     responses_per_prompt: int = Field(8, ge=2, le=1024, description="G, responses per prompt")
-    groups_per_lease: PositiveInt | None = Field(None, description="consecutive groups in one engine call; null = P / workers")
+    groups_per_lease: PositiveInt | None = Field(None, description="consecutive groups in one engine call; null = P / workers; with udasa 8")
     min_prompt_tokens: PositiveInt = Field(8, description="shortest prompt, in tokens")
     max_prompt_tokens: PositiveInt = Field(24, description="longest prompt, in tokens")
     prompt_file: str | None = Field(None, description="prompts, one per line (.txt) or {\"prompt\": …, \"variants\": […]} per line (.jsonl), variants if there are any; null = prefixes of training documents")
@@ -201,13 +204,14 @@ class MetricsConfig(Section):
 
 
 class Config(Section):
-    method: Literal["asa"] = Field("asa", description="training method")
+    method: Literal["asa", "udasa"] = Field("asa", description="asa = alignment inside pretraining; udasa = of a trained model, by preference pairs")
     seed: int = Field(0, ge=0, lt=2**31, description="of every random choice")
     model: ModelConfig = Field(ModelConfig(), description="trunk")
     data: DataConfig = Field(DataConfig(), description="corpus and tokenizer")
     rollout: RolloutConfig = Field(RolloutConfig(), description="generation")
     evaluator: EvaluatorConfig = Field(EvaluatorConfig(), description="heads, rewards, trust")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses")
+    udasa: UdasaConfig = Field(UdasaConfig(), description="uncertainty, pairs, curriculum (method udasa)")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
     train: TrainConfig = Field(TrainConfig(), description="process layout and length")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when, how many")
@@ -219,7 +223,8 @@ class Config(Section):
 
     @property
     def groups_per_lease(self) -> int:
-        return self.rollout.groups_per_lease or self.rollout.prompts_per_step // self.rollout.workers
+        per_lease = PROMPTS_PER_BUNDLE if self.method == "udasa" else self.rollout.prompts_per_step // self.rollout.workers
+        return self.rollout.groups_per_lease or per_lease
 
 
 # --- validating ------------------------------------------------------------------------------------------------
@@ -276,7 +281,7 @@ def build_config(tree: dict[str, Any], origin: str, overrides: Sequence[str] = (
         problems = [_schema_problem(e, tree, overrides) for e in error.errors()]
     else:
         problems = [f"{key} = {value!r}{_source(key, tree, overrides)}: {allowed}"
-                    for rule in CROSS_FIELD_RULES for key, value, allowed in rule(config)]
+                    for key, value, allowed in broken_rules(config)]
     if problems:
         raise ConfigError("\n".join(f"{origin}: {problem}" for problem in problems))
     return config
@@ -299,7 +304,10 @@ def _with_absolute_paths(config: Config) -> Config:
         return os.path.abspath(expanded) if os.path.exists(expanded) else path
 
     tree = config.model_dump()
+    udasa = tree["udasa"]
     for section, key in ((tree["model"], "name_or_path"), (tree["data"]["tokenizer"], "path"),
+                         (udasa["semantic"], "encoder"), (udasa["factual"], "model"),
+                         *([(udasa["value"], "model")] if udasa["value"]["judge"] == "classifier" else []),
                          (tree["rollout"], "prompt_file"), *((source, "path") for source in tree["data"]["sources"]),
                          *((source, "name") for source in tree["data"]["sources"])):
         section[key] = absolute(section[key])

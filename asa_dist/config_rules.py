@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from asa_dist.config import Config
@@ -244,20 +247,82 @@ def _rule_distinct_principles(config: Config) -> list[Problem]:
     return [("evaluator.principles", names, "each at most once")] if len(set(names)) < len(names) else []
 
 
-CROSS_FIELD_RULES: tuple[Callable[[Config], list[Problem]], ...] = (
-    _rule_one_tokenizer,
-    _rule_pretrained_brings_its_tokenizer,
-    _rule_sources_have_a_location,
+# --- UDASA ------------------------------------------------------------------------------------------------------
+# Sections and fields that a method does not look at: whoever sets one of them expects what will not happen.
+UNUSED = {
+    "asa": ("udasa",),
+    "udasa": (
+        "model.architecture", "data.sources", "data.tokenizer", "data.heldout_fraction", "data.max_heldout_rows",
+        "data.max_documents", "data.shuffle_buffer_documents", "rollout.prompts_per_step", "rollout.min_prompt_tokens",
+        "rollout.prompt_variants", "rollout.max_policy_age", "rollout.max_queue_bytes",
+        "rollout.heartbeat_timeout_seconds", "evaluator", "objective", "optimizer.lr_psi", "optimizer.lr_phi",
+        "optimizer.lr_xi", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.final_fraction",
+        "optimizer.robbins_monro_t0", "optimizer.robbins_monro_power", "train.steps", "train.corpus_rows_per_step",
+        "train.eval_every_steps", "metrics.samples_every_steps", "metrics.sample_groups",
+    ),
+}  # fmt: skip
+
+
+def _rule_used_by_method(config: Config) -> list[Problem]:
+    default, problems = type(config)(), []
+    for key in UNUSED[config.method]:
+        here, usual = (functools.reduce(getattr, key.split("."), of) for of in (config, default))
+        if here != usual:
+            shown = here.model_dump(exclude_defaults=True) if isinstance(here, BaseModel) else here
+            problems.append((key, shown, f"method {config.method} does not use it: leave it out"))
+    return problems
+
+
+def _rule_udasa_needs_model_and_prompts(config: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    if config.model.name_or_path is None:
+        problems.append(("model.name_or_path", None, "method udasa aligns a trained model: folder or hub name"))
+    if config.rollout.prompt_file is None:
+        problems.append(("rollout.prompt_file", None, "method udasa needs a file of prompts, .txt or .jsonl"))
+    return problems
+
+
+def _rule_thresholds(config: Config) -> list[Problem]:
+    curriculum = config.udasa.curriculum
+    thresholds = curriculum.thresholds
+    if sorted(set(thresholds)) != thresholds:
+        return [("udasa.curriculum.thresholds", thresholds, "must be ascending, each once")]
+    if curriculum.threshold_kind == "quantile" and any(threshold >= 1 for threshold in thresholds):
+        return [("udasa.curriculum.thresholds", thresholds, "quantiles lie between 0 and 1")]
+    return []
+
+
+def _rule_distinct_uncertainties(config: Config) -> list[Problem]:
+    names = config.udasa.uncertainties
+    return [("udasa.uncertainties", names, "each at most once")] if len(set(names)) < len(names) else []
+
+
+Rule = Callable[["Config"], list[Problem]]
+COMMON_RULES: tuple[Rule, ...] = (
+    _rule_used_by_method,
     _rule_files_exist,
-    _rule_heads_divide_width,
-    _rule_batches_divide,
-    _rule_leases_divide,
-    _rule_prompt_lengths,
-    _rule_prompt_variants,
     _rule_context,
     _rule_devices,
-    _rule_deadlines,
-    _rule_raw_embedding,
-    _rule_intrinsic_weights,
-    _rule_distinct_principles,
 )
+RULES: dict[str, tuple[Rule, ...]] = {
+    "asa": (
+        _rule_one_tokenizer,
+        _rule_pretrained_brings_its_tokenizer,
+        _rule_sources_have_a_location,
+        _rule_heads_divide_width,
+        _rule_batches_divide,
+        _rule_leases_divide,
+        _rule_prompt_lengths,
+        _rule_prompt_variants,
+        _rule_deadlines,
+        _rule_raw_embedding,
+        _rule_intrinsic_weights,
+        _rule_distinct_principles,
+    ),
+    "udasa": (_rule_udasa_needs_model_and_prompts, _rule_thresholds, _rule_distinct_uncertainties),
+}
+
+
+def broken_rules(config: Config) -> list[Problem]:
+    """What contradicts itself in a config whose fields are sound each by itself."""
+    return [problem for rule in (*COMMON_RULES, *RULES[config.method]) for problem in rule(config)]

@@ -1,4 +1,7 @@
-"""Config files as text: YAML plus ``key.sub=value`` overrides to a plain tree, and a plain tree back to YAML."""
+"""Config files as text: YAML plus ``key.sub=value`` overrides to a plain tree, and a plain tree back to YAML.
+
+A file whose key ``base`` names another one (from its own folder) holds only what differs from that.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+BASE = "base"
 
 
 class ConfigError(Exception):
@@ -78,8 +83,37 @@ def _place(node: Any, part: str, override: str) -> str | int:
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain tree of a YAML file plus overrides, not yet validated. Raises :class:`ConfigError` if unreadable."""
-    path = Path(path)
+    """The plain tree of a YAML file, on top of its base, plus overrides; not yet validated.
+
+    Raises:
+        ConfigError: a file cannot be read, is no mapping, or is its own base; an override that cannot be applied.
+    """
+    tree = _with_base(Path(path), ())
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
+def _with_base(path: Path, on_top: tuple[Path, ...]) -> dict[str, Any]:
+    """``on_top``: the files that have asked for this one."""
+    if path.resolve() in on_top:
+        raise ConfigError(f"{path}: its base leads back to itself")
+    tree = _read_file(path)
+    if (base := tree.pop(BASE, None)) is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {base!r}: must be the name of a config file")
+    return _merged(_with_base(path.parent / base, (*on_top, path.resolve())), tree)
+
+
+def _merged(base: Any, tree: Any) -> Any:
+    """Mappings key by key; whatever else ``tree`` has takes the place of the base's."""
+    if not (isinstance(base, dict) and isinstance(tree, dict)):
+        return tree
+    return base | {key: _merged(base.get(key), value) for key, value in tree.items()}
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -90,8 +124,6 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of sections, not {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
     return tree
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,10 +33,10 @@ class ValueConfig(Section):
 
 
 class CurriculumConfig(Section):
-    thresholds: tuple[float, ...] = Field((0.4, 0.7), description="τ, ascending: K thresholds make K + 1 stages, from clear pairs to doubtful ones; none = one stage")
+    thresholds: list[Annotated[float, Field(gt=0)]] = Field([0.4, 0.7], description="τ, ascending: K thresholds make K + 1 stages, from clear pairs to doubtful ones; none = one stage")
     threshold_kind: Literal["absolute", "quantile"] = Field("absolute", description="of Δu itself, or of its distribution over the pairs")
     order: Literal["clear_first", "random"] = Field("clear_first", description="of the stages")
-    learning_rates: tuple[float, ...] = Field((3e-6, 5e-6), min_length=1, description="of the first stage, the second, …; the last one stays")
+    learning_rates: list[Annotated[float, Field(ge=0)]] = Field([3e-6, 5e-6], min_length=1, description="of the first stage, the second, …; the last one stays")
     max_warmup_steps: int = Field(500, ge=0, description="linear warm-up of each stage, at most")
     warmup_fraction: Fraction = Field(0.1, description="linear warm-up, as a share of the stage's planned steps, at most")
     decay_fraction: Fraction = Field(0.1, description="linear decay over the last planned steps, as a share of them")
@@ -59,10 +59,10 @@ class DpoConfig(Section):
 
 class UdasaConfig(Section):
     sampling: Literal["independent", "one_prompt"] = Field("independent", description="N samples of the prompt, or one that asks for N responses and is split (the paper)")
-    uncertainties: tuple[Literal["semantic", "factual", "value"], ...] = Field(("semantic", "factual", "value"), min_length=1, description="which are measured and fused")
+    uncertainties: list[Literal["semantic", "factual", "value"]] = Field(["semantic", "factual", "value"], min_length=1, description="which are measured and fused")
     fusion: Literal["softmax", "mean"] = Field("softmax", description="weights of the uncertainties: equations 5 and 6, or equal ones")
     scorers: PositiveInt = Field(1, description="actors that measure uncertainty, beside the rollout actors")
-    gpus_per_scorer: int = Field(0, ge=0, description="GPUs of each scorer; 0 = CPU")
+    gpus_per_scorer: int = Field(0, ge=0, le=1, description="GPUs of each scorer; 0 = CPU")
     scorer_timeout_seconds: float = Field(1800.0, gt=0, description="longest call of a scorer; an endpoint that is down may take minutes to be given up")
     scorer_batch: PositiveInt = Field(32, description="texts that a scorer runs through a model at once")
     prompts: PositiveInt | None = Field(None, description="the first so many prompts of rollout.prompt_file; null = all")

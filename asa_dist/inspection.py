@@ -1,11 +1,14 @@
-"""What `asa inspect` says about a run folder: its ledger, its checkpoints, what died. Reads files only; no torch."""
+"""What `asa inspect` says about a run folder: its ledger, its checkpoints, what died. Reads files only.
+
+No torch here, but for a round of UDASA: what its curriculum has planned is computed with it.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 from asa_dist.config import ConfigError
 from asa_dist.config_text import read_tree
 from asa_dist.resume import config_path
+from asa_dist.round_inspection import RoundReport, as_lines, look_at_round
 from asa_dist.runtime.checkpoint_files import (
     ROLLOUTS,
     CheckpointError,
@@ -24,22 +28,12 @@ from asa_dist.runtime.checkpoint_files import (
 )
 from asa_dist.runtime.run_lock import lock_holder
 from asa_dist.runtime.run_log import read_events, read_rows
+from asa_dist.trained import Ledger, tally
 
 SHOWN_EVENTS = 10
 SHOWN_IDS = 5
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 ROUTINE_EVENTS = {"checkpoint", "worker_started"}  # counted, but not listed
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Prompts by what became of them. Step s trains the prompts (s − 1) P … s P − 1."""
-
-    steps: int  # the last one in trained.jsonl
-    trained: int  # prompts, each counted once
-    lost: list[int]  # ids of steps that are over which were never trained on
-    repeated: list[int]  # ids trained on more than once
-    skipped_steps: int  # without an update: a loss or gradient was not finite
 
 
 @dataclass(frozen=True)
@@ -62,13 +56,15 @@ class Inspection:
     """Everything that `asa inspect` shows."""
 
     run_dir: str
-    num_steps: int  # train.steps
+    resumed_as: str  # the folder to go on with: of a round of UDASA that of its run
+    num_steps: int  # to be made: train.steps, or those of all stages of the round's curriculum
     worked_on_by: str | None  # None: nobody
     ledger: Ledger
     checkpoints: list[CheckpointReport]  # newest first
     set_aside: list[str]  # names of damaged ones without which the run went on
     events: dict[str, int]  # how many of each
     last_events: list[dict[str, Any]]  # without routine ones
+    round: RoundReport | None  # of UDASA
 
     @property
     def step(self) -> int | None:
@@ -78,25 +74,38 @@ class Inspection:
     @property
     def status(self) -> str:
         if self.worked_on_by is not None:
-            return f"running ({self.worked_on_by}), step {self.ledger.steps} of {self.num_steps}"
-        go_on = f"go on with: asa resume {shlex.quote(self.run_dir)}"
+            return f"running ({self.worked_on_by}), {self._reached}"
+        if self._is_finished:
+            return f"finished, {self.step or self.ledger.steps} steps"
+        resume = f"asa resume {shlex.quote(self.resumed_as)}"
         if self.step is None and self.checkpoints:
             return "stopped; NONE of its checkpoints can be used"
         if self.step is None:
-            return f"stopped; no checkpoint yet; start again with: asa resume {shlex.quote(self.run_dir)}"
-        if self.step >= self.num_steps:
-            return f"finished, {self.step} steps"
-        return f"stopped after step {self.step} of {self.num_steps}; {go_on}"
+            what = "no checkpoint yet" if self.round is None else f"{self.round.phase}, no checkpoint yet"
+            return f"stopped; {what}; start again with: {resume}"
+        return f"stopped after step {self.step} of {self.num_steps}; go on with: {resume}"
+
+    @property
+    def _reached(self) -> str:
+        if self.round is not None and not self.round.is_paired:
+            return self.round.phase
+        return f"step {self.ledger.steps} of {self.num_steps}"
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.round.has_result if self.round else self.step is not None and self.step >= self.num_steps
 
     @property
     def is_sound(self) -> bool:
-        """No prompt lost or repeated; and if there are checkpoints, one of them can be used."""
-        return not (self.ledger.lost or self.ledger.repeated) and (self.step is not None or not self.checkpoints)
+        """No prompt lost or repeated, pairs that can be read; and if there are checkpoints, one of them can be used."""
+        is_whole = not (self.ledger.lost or self.ledger.repeated or (self.round and self.round.problems))
+        return is_whole and (self.step is not None or not self.checkpoints)
 
 
 def inspect_run(run_dir: Path, *, is_quick: bool, progress: Callable[[str], None]) -> Inspection:
     """
     Args:
+        run_dir: of UDASA the folder of a round.
         is_quick: compare the sizes of checkpoint files only; else their checksums: reads every byte.
         progress: is told which file is read next.
 
@@ -105,55 +114,48 @@ def inspect_run(run_dir: Path, *, is_quick: bool, progress: Callable[[str], None
     """
     path = config_path(run_dir)
     tree = read_tree(path)
+    resumed_as, round_report = run_dir, None
     try:
-        num_steps, prompts_per_step = int(tree["train"]["steps"]), int(tree["rollout"]["prompts_per_step"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{path}: not the resolved config of a run: train.steps, rollout.prompts_per_step") from None
-    try:
-        ledger = tally(read_rows(run_dir / "trained.jsonl"), prompts_per_step)
         events = list(read_events(run_dir))
         counts = Counter(str(event["event"]) for event in events)
+        if tree.get("method") == "udasa":
+            resumed_as = run_dir.resolve().parent
+            round_report, ledger = look_at_round(run_dir, tree, events)
+            num_steps = round_report.num_steps
+        else:
+            num_steps, prompts_per_step = _lengths(path, tree)
+            ledger = tally(read_rows(run_dir / "trained.jsonl"), prompts_per_step)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{run_dir}: a row of trained.jsonl or events.jsonl that no run writes: {error!r}") from None
     return Inspection(
         run_dir=str(run_dir),
+        resumed_as=str(resumed_as),
         num_steps=num_steps,
-        worked_on_by=lock_holder(run_dir),
+        worked_on_by=_holder(run_dir, resumed_as, round_report),
         ledger=ledger,
         checkpoints=[examine(checkpoint, is_quick, progress) for checkpoint in list_checkpoints(run_dir)],
         set_aside=list_set_aside(run_dir),
         events=dict(sorted(counts.items())),
         last_events=[event for event in events if event["event"] not in ROUTINE_EVENTS][-SHOWN_EVENTS:],
+        round=round_report,
     )
 
 
-# --- the ledger -------------------------------------------------------------------------------------------------
-def tally(rows: Iterable[dict[str, Any]], prompts_per_step: int) -> Ledger:
-    """``rows``: those of trained.jsonl. One byte per prompt, so that long runs fit."""
-    times_trained = bytearray()  # by prompt id; at most 2
-    steps = skipped_steps = 0
-    for row in rows:
-        steps = max(steps, row["step"])
-        skipped_steps += bool(row.get("skipped"))
-        size = max(steps * prompts_per_step, *(1 + prompt_id for prompt_id in row["prompt_ids"]))
-        times_trained.extend(bytes(max(0, size - len(times_trained))))
-        for prompt_id in row["prompt_ids"]:
-            times_trained[prompt_id] = min(2, times_trained[prompt_id] + 1)
-    return Ledger(
-        steps=steps,
-        trained=len(times_trained) - times_trained.count(0),
-        lost=_positions(times_trained, 0),
-        repeated=_positions(times_trained, 2),
-        skipped_steps=skipped_steps,
-    )
+def _lengths(path: Path, tree: Mapping[str, Any]) -> tuple[int, int]:
+    """(train.steps, rollout.prompts_per_step)."""
+    try:
+        return int(tree["train"]["steps"]), int(tree["rollout"]["prompts_per_step"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{path}: not the resolved config of a run: train.steps, rollout.prompts_per_step") from None
 
 
-def _positions(values: bytearray, value: int) -> list[int]:
-    if not values.count(value):
-        return []  # as it should be, without a look at each of millions
-    return [position for position, found in enumerate(values) if found == value]
+def _holder(run_dir: Path, resumed_as: Path, round_report: RoundReport | None) -> str | None:
+    """Who works on it. Rounds that are done are left alone by whoever works on the next one."""
+    if round_report is not None and round_report.has_result:
+        return None
+    return lock_holder(run_dir) or lock_holder(resumed_as)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -203,10 +205,12 @@ def as_json(found: Inspection) -> str:
 
 def as_text(found: Inspection) -> str:
     ledger = found.ledger
+    what = "prompts" if found.round is None else "pairs"
     lines = [
         f"{found.run_dir}: {found.status}",
+        *(as_lines(found.round) if found.round else ()),
         "ledger",
-        f"  trained: {ledger.trained:,} prompts in {ledger.steps:,} steps, {ledger.skipped_steps:,} of them skipped",
+        f"  trained: {ledger.trained:,} {what} in {ledger.steps:,} steps, {ledger.skipped_steps:,} of them skipped",
         f"  lost: {_ids(ledger.lost)}; repeated: {_ids(ledger.repeated)}",
         "checkpoints" + (", newest first" if found.checkpoints else ": none"),
         *(line for report in found.checkpoints for line in _checkpoint_lines(report)),

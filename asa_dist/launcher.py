@@ -32,10 +32,7 @@ GPU_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, ei
 def process_layout(config: Config) -> str:
     """Who runs where, for people."""
     train, rollout = config.train, config.rollout
-    if train.gpus:
-        ranks = f"trainer ranks: {train.gpus}, on GPUs 0 to {train.gpus - 1}"
-    else:
-        ranks = f"trainer ranks: {train.ranks}, on the CPU, threads each: {train.threads_per_rank}"
+    ranks = describe_ranks(config)
     if gpus := rollout.workers * rollout.gpus_per_worker:
         workers = f"rollout workers: {rollout.workers}, on GPUs {train.gpus} to {train.gpus + gpus - 1}"
     else:
@@ -47,6 +44,14 @@ def process_layout(config: Config) -> str:
         f"  {workers}; engine {rollout.engine}, groups per call: {config.groups_per_lease}\n"
         f"  coordinator: 1; policy age at most {rollout.max_policy_age}"
     )
+
+
+def describe_ranks(config: Config) -> str:
+    """Trainer ranks and their devices, for people."""
+    train = config.train
+    if train.gpus:
+        return f"trainer ranks: {train.gpus}, on GPUs 0 to {train.gpus - 1}"
+    return f"trainer ranks: {train.ranks}, on the CPU, threads each: {train.threads_per_rank}"
 
 
 def count_model(config: Config) -> dict[str, int]:
@@ -97,7 +102,7 @@ def assign_gpus(config: Config, origin: str) -> GpuAssignment:
         ConfigError: fewer GPUs than asked for.
     """
     num_train, num_rollout = config.train.gpus, config.rollout.workers * config.rollout.gpus_per_worker
-    devices = _visible_gpus() if num_train + num_rollout else []
+    devices = visible_gpus() if num_train + num_rollout else []
     if len(devices) < num_train + num_rollout:
         raise ConfigError(
             f"{origin}: train.gpus = {num_train} and rollout.workers x rollout.gpus_per_worker = {num_rollout} need "
@@ -106,7 +111,8 @@ def assign_gpus(config: Config, origin: str) -> GpuAssignment:
     return GpuAssignment(devices[:num_train], devices[num_train : num_train + num_rollout])
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs that this process may use."""
     if not any(os.path.exists(file) for file in GPU_DRIVER_FILES):
         return []  # asking torch would take seconds
     import torch
@@ -153,19 +159,25 @@ def run_training(
             object_store_bytes(num_parameters, config.model.dtype),
             head_environment={"CUDA_VISIBLE_DEVICES": ",".join(gpus.rollout)},
         ) as ray:
-            environment = os.environ | ray.environment | {"OMP_NUM_THREADS": str(config.train.threads_per_rank)}
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: no rank listens outside it
-            if not gpus.train:
-                environment["DS_ACCELERATOR"] = "cpu"
-            devices = gpus.train or range(config.num_ranks)
-            command = _launcher_command(devices, run_dir, ray.address, resume, started_at)
-            code = stop.run(command, environment, lock)
+            command = launcher_command(config, gpus, run_dir, resume, started_at, "--ray-address", ray.address)
+            code = stop.run(command, ray.environment | rank_environment(config), lock)
     if stop.killed_by is None:
-        _write_report(run_dir)
+        write_report_or_warn(run_dir)
     return report_end(code, stop.killed_by, run_dir, config.train.steps)
 
 
-def _write_report(run_dir: Path) -> None:
+def rank_environment(config: Config) -> dict[str, str]:
+    """What the launcher's environment needs beside that of this process."""
+    environment = {
+        "OMP_NUM_THREADS": str(config.train.threads_per_rank),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # one machine: no rank listens outside it
+    }
+    if not config.train.gpus:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def write_report_or_warn(run_dir: Path) -> None:
     """The page to look at; without it the run is none the worse."""
     try:
         from asa_dist.report import write_report
@@ -175,21 +187,25 @@ def _write_report(run_dir: Path) -> None:
         print(f"asa: warning: no report: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def report_end(code: int, killed_by: int | None, run_dir: Path, num_steps: int) -> int:
+def report_end(
+    code: int, killed_by: int | None, run_dir: Path, num_steps: int | None, resumed_as: Path | None = None
+) -> int:
     """Says how a run ended, and how to go on.
 
     Args:
         code: the launcher's exit code, as of `subprocess`.
         killed_by: the signal that stopped it at once, if one did.
+        num_steps: of the whole run; None: it is not finished, whatever the number of its steps.
+        resumed_as: what `asa resume` is given; None: ``run_dir``.
 
     Returns:
         the exit code of `asa train`.
     """
     newest = newest_whole(run_dir)
     after_step = f" after step {newest.step}" if newest else ""
-    go_on = f"{_last_checkpoint(newest, run_dir)}; go on with: asa resume {shlex.quote(str(run_dir))}"
+    go_on = f"{_last_checkpoint(newest, run_dir)}; go on with: asa resume {shlex.quote(str(resumed_as or run_dir))}"
     if code == 0:
-        is_finished = newest is not None and newest.step >= num_steps
+        is_finished = newest is not None and num_steps is not None and newest.step >= num_steps
         print(f"finished: {run_dir}" if is_finished else f"stopped{after_step}; {go_on}", flush=True)
         return 0
     if code == EXIT_ENDED_EARLY:
@@ -222,20 +238,24 @@ def _reason(launcher_code: int) -> str:
     return f"exit code {launcher_code}"
 
 
-def _launcher_command(
-    devices: Sequence[int | str], run_dir: Path, ray_address: str, resume: bool, started_at: float
+def launcher_command(
+    config: Config, gpus: GpuAssignment, run_dir: Path, resume: bool, started_at: float, *options: str
 ) -> list[str]:
     """DeepSpeed's launcher of one host: a rank per device; they read the resolved config of the run folder.
+
+    Args:
+        options: more of asa_dist.train's.
 
     `deepspeed` itself, the launcher of several hosts, would only start this one, number GPUs from 0 whatever
     CUDA_VISIBLE_DEVICES says, and end with 0 when its child is killed.
     """
-    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
+    devices = list(gpus.train or range(config.num_ranks))
+    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "critical"]
     launch += ["--world_info", hosts, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     train = ["--module", "asa_dist.train", str(run_dir / "config.yaml"), "--run-dir", str(run_dir), "--prepared"]
-    train += ["--ray-address", ray_address, "--started-at", repr(started_at), *(["--resume"] if resume else [])]
-    return [*launch, *train]
+    train += ["--started-at", repr(started_at), *(["--resume"] if resume else [])]
+    return [*launch, *train, *options]
 
 
 class StopOnSignal(SignalCatcher):
@@ -244,10 +264,14 @@ class StopOnSignal(SignalCatcher):
     Before ranks are started, the first one ends it. Then the first one asks the ranks, through the run folder, to
     finish their step and to write a checkpoint; they never see it, in a session of their own. The second one kills.
     After they have ended there is nothing left to ask; what a killed launcher may have left behind is ended at once.
+
+    Args:
+        what_follows: of the first signal, for people.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, what_follows: str = "finishing the step and writing a checkpoint") -> None:
         super().__init__()
+        self._what_follows = what_follows
         self.killed_by: int | None = None  # the second signal's number
         self._run_dir = run_dir
         self._num_received = 0
@@ -255,9 +279,15 @@ class StopOnSignal(SignalCatcher):
         self._group: int | None = None  # the launcher's process group, while any of it may be alive
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int]) -> int:
-        """Runs the launcher in a session of its own, until nothing of that is left; returns its exit code."""
+        """Runs the launcher in a session of its own, until nothing of that is left; returns its exit code.
+
+        Args:
+            environment: what it has beside that of this process.
+        """
         self._is_launching = True  # a signal may not raise any more: it would lose a process that has just started
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=pass_fds)
+        launcher = subprocess.Popen(
+            command, env=os.environ | environment, start_new_session=True, pass_fds=pass_fds
+        )
         self._group = launcher.pid
         if self.killed_by is not None:
             self._end(signal.SIGKILL)
@@ -293,7 +323,7 @@ class StopOnSignal(SignalCatcher):
         except OSError as error:
             tell(f"cannot ask the ranks to stop: {error} (once more to stop at once)")
         else:
-            tell("stopping: finishing the step and writing a checkpoint (once more to stop at once)")
+            tell(f"stopping: {self._what_follows} (once more to stop at once)")
 
     def _end(self, number: int) -> None:
         if self._group is not None:

@@ -138,6 +138,16 @@ class WeightManifest:
 
 
 @dataclass(frozen=True)
+class TextPrompt:
+    """What UDASA measures: a prompt as people read it, and as the model does."""
+
+    prompt_id: int  # place in the prompt file, from 0
+    text: str  # without a chat template: what the estimators read
+    token_ids: np.ndarray  # int32 [T], T ≥ 1: what stands before a response in training, chat template applied
+    instruction_token_ids: np.ndarray | None = None  # int32 [T]: the same of `one_prompt.instruction`, if used
+
+
+@dataclass(frozen=True)
 class MeasuredResponse:
     """One response and what is known of it; None = not measured."""
 
@@ -172,7 +182,7 @@ class MeasuredPrompt:
     prompt_id: int
     prompt: str
     token_ids: np.ndarray  # int32 [T]
-    policy_version: int  # of the weights that responded
+    policy_version: int  # of the weights that responded: in UDASA the round, from 0
     seed: int  # of the run: sampling and the choice of y⁻ descend from it
     responses: tuple[MeasuredResponse, ...]
 

@@ -10,14 +10,28 @@ from asa_dist.config import Config, ConfigError, load_config
 from asa_dist.runtime.checkpoint_files import list_checkpoints, verify
 
 # Sections and fields that weights, data order or ledger of a run depend on; of MAY_CHANGE they do not.
-FIXED = (
-    "method", "seed", "model", "data",
-    "rollout.prompts_per_step", "rollout.prompt_file", "rollout.prompt_variants",
-    "rollout.min_prompt_tokens", "rollout.max_prompt_tokens",
-    "train.corpus_rows_per_step",
-    "evaluator.embedding", "evaluator.embedding_size", "evaluator.principles",
+FIXED = {
+    "asa": (
+        "method", "seed", "model", "data",
+        "rollout.prompts_per_step", "rollout.prompt_file", "rollout.prompt_variants",
+        "rollout.min_prompt_tokens", "rollout.max_prompt_tokens",
+        "train.corpus_rows_per_step",
+        "evaluator.embedding", "evaluator.embedding_size", "evaluator.principles",
+    ),
+    "udasa": (
+        "method", "seed", "model", "data", "udasa",
+        "rollout.engine", "rollout.prompt_file", "rollout.responses_per_prompt", "rollout.groups_per_lease",
+        "rollout.max_prompt_tokens", "rollout.max_new_tokens", "rollout.temperature", "rollout.top_p",
+        "rollout.top_k", "rollout.min_p",
+    ),
+}
+MAY_CHANGE = (
+    "model.attention", "model.activation_checkpointing", "model.logprob_chunk_tokens",
+    "udasa.rounds", "udasa.scorers", "udasa.gpus_per_scorer", "udasa.scorer_timeout_seconds",
+    "udasa.value.api_key_variable", "udasa.value.timeout_seconds", "udasa.value.requests_per_second",
+    "udasa.value.max_attempts",
 )
-MAY_CHANGE = ("model.attention", "model.activation_checkpointing", "model.logprob_chunk_tokens")
+BEFORE_TRAINING = ("udasa.curriculum", "udasa.dpo")  # of UDASA: what is measured does not depend on them
 
 
 def latest_step(run_dir: Path, num_steps: int | None = None) -> int | None:
@@ -41,23 +55,27 @@ def latest_step(run_dir: Path, num_steps: int | None = None) -> int | None:
     return None
 
 
-def load_run_config(run_dir: Path, overrides: Sequence[str]) -> Config:
+def load_run_config(run_dir: Path, overrides: Sequence[str], may_change: Sequence[str] = ()) -> Config:
     """The config of a run, with what is to change from now on.
+
+    Args:
+        may_change: as in :func:`refuse_changes`.
 
     Raises:
         ConfigError: no run folder, a wrong override, or one that contradicts what the run is; one line per key.
     """
     path = config_path(run_dir)
     after = load_config(path, overrides)
-    refuse_changes(path, after)
+    refuse_changes(path, after, may_change)
     return after
 
 
-def refuse_changes(path: Path, after: Config) -> None:
+def refuse_changes(path: Path, after: Config, may_change: Sequence[str] = ()) -> None:
     """
     Args:
         path: the config of the run.
         after: that with which it is to go on.
+        may_change: sections and fields, beside MAY_CHANGE, that nothing depends on yet.
 
     Raises:
         ConfigError: it contradicts what the run is; one line per key.
@@ -66,7 +84,7 @@ def refuse_changes(path: Path, after: Config) -> None:
     if problems := [
         f"{path}: {key} = {old!r}, now {new!r}: cannot change in a run: start a new one"
         for key, old, new in _changes(before.model_dump(), after.model_dump(), "")
-        if _is_in(key, FIXED) and not _is_in(key, MAY_CHANGE)
+        if _is_in(key, FIXED[before.method]) and not _is_in(key, (*MAY_CHANGE, *may_change))
     ]:
         raise ConfigError("\n".join(problems))
 

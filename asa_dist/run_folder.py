@@ -1,8 +1,9 @@
-"""The run folder, before anything trains: tokenised data, tokenizer, resolved config."""
+"""The run folder, or the folder of a round, before anything trains: data, tokenizer, resolved config."""
 
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -52,12 +53,44 @@ def prepare_run_folder(config: Config, run_dir: Path, resume: bool = False) -> D
     return summary
 
 
+def prepare_round(config: Config, folder: Path, resume: bool = False) -> None:
+    """What the training of a round of UDASA needs beside its pairs; otherwise as :func:`prepare_run_folder`.
+
+    Raises:
+        ConfigError: it is to go on as another one, or cannot be logged as wanted.
+        DataError: no pairs; the model's tokenizer, or a file, that cannot be used.
+    """
+    from asa_dist.runtime.checkpoint_files import write_atomically
+    from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.data.tokenizer import load_pretrained_tokenizer
+    from asa_dist.runtime.pair_files import SUMMARY
+    from asa_dist.runtime.stopping import forget_stop_request
+    from asa_dist.runtime.wandb_log import check_wandb
+
+    check_wandb(config.metrics)
+    config_path = folder / "config.yaml"
+    if resume and config_path.exists():
+        refuse_changes(config_path, config)
+    if not (folder / SUMMARY).exists():
+        raise DataError(f"{folder}: no pairs to train on; make them with: asa udasa pairs {folder.parent}")
+    try:
+        work = folder / ".tokenizer"
+        shutil.rmtree(work, ignore_errors=True)
+        load_pretrained_tokenizer(str(config.model.name_or_path)).save_pretrained(work)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        work.rename(folder / "tokenizer")
+        write_atomically(config_path, dump_config(config))
+        forget_stop_request(folder)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
 @contextmanager
 def prepared_together(config: Config, run_dir: Path, rank: int, resume: bool) -> Iterator[None]:
     """Rank 0 prepares and holds the run folder, the others wait; what it raises is raised on all ranks.
 
     Raises:
-        ConfigError, DataError: as :func:`hold_run_folder` and :func:`prepare_run_folder`.
+        ConfigError, DataError: as :func:`hold_run_folder` and what prepares it.
     """
     import torch.distributed as dist
 
@@ -70,7 +103,8 @@ def prepared_together(config: Config, run_dir: Path, rank: int, resume: bool) ->
         if rank == 0:
             try:
                 held.enter_context(hold_run_folder(run_dir))
-                prepare_run_folder(config, run_dir, resume)
+                prepare = {"asa": prepare_run_folder, "udasa": prepare_round}[config.method]
+                prepare(config, run_dir, resume)
             except (ConfigError, DataError) as error:
                 problem = [error]
         dist.broadcast_object_list(problem, src=0, group=patient)

@@ -3,6 +3,8 @@
     asa train CONFIG                                   starts Ray and the launcher, which start this
     deepspeed --module asa_dist.train CONFIG           the same without `asa`: rank 0 starts Ray
     torchrun --nproc-per-node N -m asa_dist.train CONFIG
+
+Of UDASA, the training of one round: CONFIG is RUN/round-K/config.yaml, --run-dir RUN/round-K.
 """
 
 from __future__ import annotations
@@ -11,21 +13,17 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from asa_dist.config import Config, ConfigError, build_config, load_config
 from asa_dist.runtime.stopping import ENDED_EARLY, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY, EXIT_FAILED, GO_ON, StopRequests
 
 if TYPE_CHECKING:
-    from asa_dist.asa.loop import AsaLoop
-    from asa_dist.collaborators import PeriodicCheckpoints, RolloutFeed
-    from asa_dist.runtime.engine import Placement, TrainEngine
-    from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
-    from asa_dist.runtime.watchdog import Watchdog
+    from asa_dist.rank import OpenRun, Rank
+    from asa_dist.runtime.engine import Placement
 
 END_TIMEOUT_SECONDS = 60.0  # for the parts of a run to end, each of which has a deadline of its own
 
@@ -94,48 +92,6 @@ def adapt_to_launcher(config: Config, num_ranks: int) -> Config:
     return build_config(tree, f"config with the {num_ranks} ranks that the launcher started")
 
 
-def doubtful_settings(config: Config) -> list[str]:
-    """What is allowed, but seldom meant."""
-    doubts = []
-    rollout, warmup_steps, steps = config.rollout, config.optimizer.warmup_steps, config.train.steps
-    if config.objective.importance != "none" and (rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0):
-        doubts.append(
-            f"rollout.top_p = {rollout.top_p}, top_k = {rollout.top_k}, min_p = {rollout.min_p} truncate sampling, but "
-            "log-probabilities are those before truncation: the off-policy correction is biased; turn truncation off, "
-            "or set objective.importance=none"
-        )
-    if warmup_steps >= steps:
-        doubts.append(
-            f"optimizer.warmup_steps = {warmup_steps}, train.steps = {steps}: the run ends within the warm-up, with "
-            f"learning rates of {100 * steps / warmup_steps:.3g} % of their peak"
-        )
-    return doubts
-
-
-def _headline(config: Config, placement: Placement, counts: dict[str, int]) -> str:
-    parameters = f"ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,} parameters"
-    attention = config.model.attention_implementation(placement.device.type == "cuda")
-    ranks = f"{placement.num_ranks} ranks, ZeRO-{config.train.zero_stage}, {config.model.dtype}, attention {attention}"
-    workers = f"{config.rollout.workers} rollout worker(s), engine {config.rollout.engine}"
-    return f"{parameters}; {ranks}, device {placement.device.type}; {workers}"
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What one rank is told, and who watches over it."""
-
-    config: Config
-    run_dir: Path
-    placement: Placement
-    options: argparse.Namespace
-    stopping: StopRequests
-    watchdog: Watchdog
-
-    @property
-    def is_first(self) -> bool:
-        return self.placement.rank == 0
-
-
 def train(options: argparse.Namespace, config: Config, run_dir: Path, placement: Placement, started: float) -> int:
     """One rank, from the process group to the last checkpoint.
 
@@ -148,6 +104,7 @@ def train(options: argparse.Namespace, config: Config, run_dir: Path, placement:
     import torch
     import torch.distributed as dist
 
+    from asa_dist.rank import Rank
     from asa_dist.run_folder import prepared_together
     from asa_dist.runtime.engine import describe_lost_peer, is_lost_peer, join_process_group
     from asa_dist.runtime.watchdog import Watchdog
@@ -176,14 +133,14 @@ def _train_prepared(rank: Rank) -> int:
     """Opens the parts, runs the loop, closes the parts; returns the exit code."""
     parts = ExitStack()
     try:
-        loop, recorder = _open_parts(rank, parts)
-        stop = loop.run(rank.config.train.steps)
-        is_finished = loop.finished == rank.config.train.steps
+        opened = _open(rank, parts)
+        stop, recorder, step = opened.run(), opened.recorder, opened.loop.finished
+        is_finished = opened.is_finished()
         if is_finished:
-            recorder.event("finished", step=loop.finished)
+            recorder.event("finished", step=step)
         elif stop != GO_ON:
-            recorder.say(f"asa: stopped after step {loop.finished}: {rank.stopping.reason()}")
-            recorder.event("stopped", step=loop.finished, reason=rank.stopping.reason())
+            recorder.say(f"asa: stopped after step {step}: {rank.stopping.reason()}")
+            recorder.event("stopped", step=step, reason=rank.stopping.reason())
     finally:
         # a Ray that stands still keeps whoever leaves it: then this phase is what the user gets to read
         after = f", after: {sys.exception()}" if sys.exception() else ""
@@ -192,104 +149,17 @@ def _train_prepared(rank: Rank) -> int:
     return EXIT_ENDED_EARLY if stop == ENDED_EARLY and not is_finished else 0
 
 
-def _open_parts(rank: Rank, parts: ExitStack) -> tuple[AsaLoop, RunRecorder | SilentRecorder]:
-    """Ray, the model, what was saved of it, logs, rollouts; and the loop that joins them."""
-    from asa_dist.collaborators import PeriodicCheckpoints, WatchedEngine
-    from asa_dist.rank_ray import joined_ray, rollout_actors, rollout_feed
-    from asa_dist.runtime.checkpoint import Checkpointer
-    from asa_dist.runtime.data.prepare import prepare
-    from asa_dist.runtime.data.tokenizer import load_tokenizer
-    from asa_dist.runtime.model import build_model, count_parameters
+def _open(rank: Rank, parts: ExitStack) -> OpenRun:
+    """The method's parts; ``parts``: is given whatever has to be closed."""
+    match rank.config.method:
+        case "asa":
+            from asa_dist.asa_parts import open_asa
 
-    config, run_dir, placement, watchdog = rank.config, rank.run_dir, rank.placement, rank.watchdog
-    data = prepare(config.data, config.rollout, config.seed, run_dir, lambda message: None)
-    tokenizer = load_tokenizer(run_dir)
-    model = build_model(config, data.vocab_size, data.eos_id, placement.device.type == "cuda")
-    counts, trunk = count_parameters(model), model.lm.config
-    parts.enter_context(joined_ray(config, placement, rank.options.ray_address, counts["psi"]))
-    engine = WatchedEngine(model, config.train, config.optimizer, config.model.dtype, placement, watchdog)
-    parts.callback(engine.close)
-    damaged: dict[str, str] = {}
-    checkpointer = Checkpointer(run_dir, config.checkpoint, engine, damaged.__setitem__)
-    loaded = checkpointer.load() if rank.options.resume else None
-    first_step = loaded.step if loaded else 0
-    recorder = parts.enter_context(_recorder(rank, first_step, tokenizer.decode))
-    _announce(rank, recorder, counts, first_step, damaged)
-    if rank.is_first:
-        parts.enter_context(rollout_actors(config, run_dir, trunk, data.eos_id, recorder.event))
-    feed = parts.enter_context(rollout_feed(config, run_dir, placement, engine, watchdog, recorder.event))
-    checkpoints = PeriodicCheckpoints(
-        checkpointer, config.checkpoint, feed, recorder, rank.stopping, watchdog, first_step
-    )
-    loop = _build_loop(rank, engine, feed, recorder, checkpoints, tokenizer)
-    if loaded is not None:
-        loop.load_state_dict(loaded.step, loaded.loop_state)
-        feed.restore(loaded.rollouts, loaded.step)
-    return loop, recorder
+            return open_asa(rank, parts)
+        case "udasa":
+            from asa_dist.udasa_parts import open_udasa
 
-
-@contextmanager
-def _recorder(rank: Rank, first_step: int, decode: Any) -> Iterator[RunRecorder | SilentRecorder]:
-    """Rank 0 writes and shows, from after ``first_step`` steps on; the others are silent."""
-    from asa_dist.runtime.data.errors import DataError
-    from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
-    from asa_dist.runtime.run_log import truncate_logs
-
-    if not rank.is_first:
-        yield SilentRecorder()
-        return
-    try:
-        # what came after will be trained again; from the beginning on, so will the evaluation before it
-        truncate_logs(rank.run_dir, first_step or -1)
-        progress = ProgressLine(rank.config.train.steps, first_step)
-        recorder = RunRecorder(rank.run_dir, rank.config.metrics, decode, progress)
-    except (OSError, ValueError) as error:
-        raise DataError(f"the logs in {rank.run_dir} cannot be continued: {error}") from None
-    try:
-        yield recorder
-    finally:
-        recorder.close()
-
-
-def _announce(
-    rank: Rank, recorder: RunRecorder | SilentRecorder, counts: dict[str, int], first_step: int, damaged: dict[str, str]
-) -> None:
-    for name, reason in damaged.items():
-        recorder.say(f"asa: warning: checkpoint {name} is damaged and was not used: {reason}")
-        recorder.event("checkpoint_damaged", name=name, reason=reason)
-    if damaged:
-        recorder.say(f"going on after step {first_step} instead")
-    recorder.say(_headline(rank.config, rank.placement, counts))
-    for warning in doubtful_settings(rank.config):
-        recorder.say(f"asa: warning: {warning}")
-    layout = {"ranks": rank.placement.num_ranks, "zero_stage": rank.config.train.zero_stage}
-    recorder.event("resumed" if rank.options.resume else "started", step=first_step, **layout)
-
-
-def _build_loop(
-    rank: Rank, engine: TrainEngine, feed: RolloutFeed, recorder: RunRecorder | SilentRecorder,
-    checkpoints: PeriodicCheckpoints, tokenizer: Any,
-) -> AsaLoop:
-    """The loop and its collaborators."""
-    from asa_dist.asa.loop import AsaLoop
-    from asa_dist.asa.trust import AlignmentState
-    from asa_dist.runtime.data.feed import CorpusFeed
-    from asa_dist.runtime.data.tokenizer import token_tables
-    from asa_dist.runtime.engine import learning_rates
-
-    config, placement, model = rank.config, rank.placement, engine.engine.module
-    return AsaLoop(
-        config=config, rank=placement.rank, num_ranks=placement.num_ranks, device=placement.device,
-        state=AlignmentState(config.evaluator, model.lm.config.hidden_size, model.vocab_size), engine=engine,
-        tables=token_tables(tokenizer, model.vocab_size),
-        corpus=CorpusFeed(rank.run_dir, config.data, config.train, config.seed, model.vocab_size, placement.rank,
-                          placement.num_ranks, engine.sum_over_ranks),
-        rollouts=feed,
-        recorder=recorder,
-        checkpoints=checkpoints,
-        learning_rates=lambda step: learning_rates(step, config.train.steps, config.optimizer),
-        stop_code=rank.stopping.code,
-    )
+            return open_udasa(rank, parts)
 
 
 def _complain(error: Exception) -> None:

@@ -31,7 +31,6 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from world import VALUES, World, WorldConfig
 
-from asa_dist.asa.trust import AlignmentState
 from asa_dist.config import ConfigError
 from asa_dist.config_text import read_tree
 from asa_dist.evaluation.checkpoint_model import CheckpointModel, ShardFiles
@@ -189,8 +188,7 @@ def checkpoint_of(world: World, run_dir: Path) -> CheckpointModel:
     rows = [{"step": 0, "eval/perplexity": 9.0}, *steps]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    return CheckpointModel(run_dir, config, 100, shapes, ShardFiles([run_dir / "shard.safetensors"]), {},
-                           AlignmentState(config.evaluator, hidden_size=16, vocab_size=300))  # fmt: skip
+    return CheckpointModel(run_dir, config, 100, shapes, ShardFiles([run_dir / "shard.safetensors"]), {})
 
 
 def test_a_model_is_as_certain_as_another_at_the_temperature_that_is_found(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from asa_dist.config import CROSS_FIELD_RULES, Config, ConfigError, dump_config, known_keys, load_config
+from asa_dist.config import Config, ConfigError, dump_config, known_keys, load_config
+from asa_dist.config_rules import COMMON_RULES, RULES
 from asa_dist.config_text import read_tree
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,27 @@ def test_overrides(config_file: Path, overrides: list[str], key: str, value: Any
 
 def test_an_override_may_fill_an_empty_section(config_file: Path) -> None:
     assert load(config_file, "train:\n", "train.ranks=2").train.ranks == 2
+
+
+# --- a base -------------------------------------------------------------------------------------------------------
+def test_what_differs_from_a_base(config_file: Path) -> None:
+    folder = config_file.parent / "bases"
+    folder.mkdir()
+    (folder / "small.yaml").write_text("base: smaller.yaml\nseed: 3\nmodel: {dtype: bfloat16}\n", encoding="utf-8")
+    (folder / "smaller.yaml").write_text(
+        "seed: 2\nmodel: {architecture: {num_layers: 2}}\ndata: {sources: [{weight: 2.0}, {}]}\n", encoding="utf-8")
+    config = load(config_file, "base: bases/small.yaml\ndata: {sources: [{weight: 3.0}]}\ntrain:\n", "train.steps=7")
+    assert (config.seed, config.model.dtype, config.model.architecture.num_layers) == (3, "bfloat16", 2)
+    assert [source.weight for source in config.data.sources] == [3.0] and config.train.steps == 7
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("base: nowhere.yaml", "nowhere.yaml: cannot read the config: No such file or directory"),
+    ("base: run.yaml", "FILE: its base leads back to itself"),
+    ("base: [a.yaml]", "FILE: base = ['a.yaml']: must be the name of a config file"),
+])
+def test_a_base_that_cannot_be_used(config_file: Path, text: str, message: str) -> None:
+    assert refusal(config_file, text).endswith(message)
 
 
 # --- files and overrides that cannot be read ----------------------------------------------------------------------
@@ -217,6 +239,8 @@ def test_every_problem_has_a_line(config_file: Path) -> None:
 PRETRAINED = ("model.name_or_path=owner/name", "data.tokenizer={path: owner/name}")
 FLASH = ("model.attention=flash_attention_2", "model.dtype=bfloat16", "train.gpus=2", "rollout.gpus_per_worker=1")
 PHRASINGS = ("rollout.prompt_file=prompts.jsonl", "rollout.prompt_variants=4", "rollout.responses_per_prompt=8")
+UDASA = ("method=udasa", "model.name_or_path=owner/name", "rollout.prompt_file=prompts.txt")
+QUANTILES = ("udasa.curriculum.threshold_kind=quantile",)
 RULE_CASES: list[tuple[str, list[str], list[str]]] = [  # rule, overrides of the defaults, keys complained about
     ("one_tokenizer", ["data.tokenizer={path: a/b, train: {}}"], ["data.tokenizer"]),
     ("one_tokenizer", ["data.tokenizer={}"], ["data.tokenizer"]),
@@ -254,6 +278,14 @@ RULE_CASES: list[tuple[str, list[str], list[str]]] = [  # rule, overrides of the
     ("intrinsic_weights", ["evaluator.intrinsic={self_consistency: 0, coherence: 0, quality: 0}"],
      ["evaluator.intrinsic"]),
     ("distinct_principles", ["evaluator.principles=[fluency, fluency]"], ["evaluator.principles"]),
+    ("used_by_method", ["udasa.rounds=2"], ["udasa"]),
+    ("used_by_method", [*UDASA, "train.steps=5", "objective.beta=0.2"], ["objective", "train.steps"]),
+    ("used_by_method", [*UDASA, "data.tokenizer={path: gpt2}"], ["data.tokenizer"]),
+    ("udasa_needs_model_and_prompts", ["method=udasa"], ["model.name_or_path", "rollout.prompt_file"]),
+    ("thresholds", [*UDASA, "udasa.curriculum.thresholds=[0.7, 0.4]"], ["udasa.curriculum.thresholds"]),
+    ("thresholds", [*UDASA, "udasa.curriculum.thresholds=[0.4, 0.4]"], ["udasa.curriculum.thresholds"]),
+    ("thresholds", [*UDASA, *QUANTILES, "udasa.curriculum.thresholds=[0.5, 1.0]"], ["udasa.curriculum.thresholds"]),
+    ("distinct_uncertainties", [*UDASA, "udasa.uncertainties=[value, value]"], ["udasa.uncertainties"]),
 ]
 
 
@@ -262,11 +294,13 @@ def test_rules_that_span_fields(config_file: Path, rule: str, overrides: list[st
     lines = refusal(config_file, "", *overrides).splitlines()
     assert [line.split(" = ")[0] for line in lines] == [f"FILE: {key}" for key in keys]
     within_bounds = Config.model_validate(read_tree(config_file, overrides))
-    assert [check.__name__ for check in CROSS_FIELD_RULES if check(within_bounds)] == [f"_rule_{rule}"]
+    checks = (*COMMON_RULES, *RULES[within_bounds.method])
+    assert [check.__name__ for check in checks if check(within_bounds)] == [f"_rule_{rule}"]
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {f"_rule_{rule}" for rule, _, _ in RULE_CASES} == {check.__name__ for check in CROSS_FIELD_RULES}
+    assert {f"_rule_{rule}" for rule, _, _ in RULE_CASES} == {
+        check.__name__ for checks in (COMMON_RULES, *RULES.values()) for check in checks}
 
 
 @pytest.mark.parametrize("overrides", [
@@ -281,6 +315,9 @@ def test_every_rule_has_a_case() -> None:
     ("rollout.prompt_file=prompts.txt",),
     ("evaluator.embedding=raw", "objective.embedding_loss_weight=0"),
     ("train.offload_optimizer=true", "train.zero_stage=1"),
+    UDASA,
+    (*UDASA, "udasa.curriculum.thresholds=[]", "rollout.max_prompt_tokens=6", "train.ranks=3"),
+    (*UDASA, *QUANTILES, "udasa.curriculum.thresholds=[0.5]"),
     ("evaluator.intrinsic={self_consistency: 0, coherence: 0, quality: 0, certainty: 1}",),
 ])
 def test_what_the_rules_allow(config_file: Path, overrides: tuple[str, ...]) -> None:

@@ -32,7 +32,7 @@ def code(value: Any) -> str:
         case float():
             text = f"{value:g}"
         case list():
-            text = f"[{', '.join(value)}]"
+            text = f"[{', '.join(map(str, value))}]"
         case _:
             text = value
     return f"`{text}`"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import subprocess
 import sys
@@ -40,13 +42,14 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     ).save_pretrained(folder)  # fmt: skip
     train_tokenizer(["some text, and some text"] * 3, 300).save_pretrained(folder)
+    (folder / "prompts.txt").write_text("What is some text?\n", encoding="utf-8")
     return folder
 
 
 def what_must_be_given(name: str, pretrained: Path) -> list[str]:
-    if name != "finetune":
-        return []
-    return [f"model.name_or_path={pretrained}", f"data.tokenizer.path={pretrained}"]
+    if name.startswith("udasa"):
+        return [f"model.name_or_path={pretrained}", f"rollout.prompt_file={pretrained}/prompts.txt"]
+    return [f"model.name_or_path={pretrained}", f"data.tokenizer.path={pretrained}"] if name == "finetune" else []
 
 
 def test_the_table_names_every_config() -> None:
@@ -140,3 +143,33 @@ def test_every_config_for_gpus_fits_one_machine_of_eight(pretrained: Path) -> No
     for name, path in CONFIGS.items():
         config = load_config(path, what_must_be_given(name, pretrained))
         assert config.train.gpus + config.rollout.workers * config.rollout.gpus_per_worker <= 8, name
+
+
+# --- udasa --------------------------------------------------------------------------------------------------------
+ABLATIONS = {  # key and value by which each differs from udasa.yaml
+    "udasa-one-stage": ("curriculum.thresholds", []),
+    "udasa-two-stage": ("curriculum.thresholds", [0.6]),
+    "udasa-four-stage": ("curriculum.thresholds", [0.2, 0.5, 0.8]),
+    "udasa-lower-thresholds": ("curriculum.thresholds", [0.3, 0.6]),
+    "udasa-random-order": ("curriculum.order", "random"),
+    "udasa-no-semantic": ("uncertainties", ["factual", "value"]),
+    "udasa-no-factual": ("uncertainties", ["semantic", "value"]),
+    "udasa-no-value": ("uncertainties", ["semantic", "factual"]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ABLATIONS))
+def test_an_ablation_differs_in_one_setting(name: str, pretrained: Path) -> None:
+    given, (key, value) = what_must_be_given(name, pretrained), ABLATIONS[name]
+    ablation, full = load_config(CONFIGS[name], given), load_config(CONFIGS["udasa"], given)
+    assert functools.reduce(getattr, key.split("."), full.udasa) != value
+    assert load_config(CONFIGS["udasa"], [*given, f"udasa.{key}={json.dumps(value)}"]) == ablation
+
+
+def test_udasa_without_model_and_prompts_says_what_is_missing() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIGS["udasa"])
+    said = str(error.value).splitlines()
+    assert len(said) == 2 and "rollout.prompt_file = " in said[0] and "model.name_or_path = " in said[1]
+    head = CONFIGS["udasa"].read_text(encoding="utf-8").partition("\nmethod:")[0]
+    assert "model.name_or_path=" in head and "rollout.prompt_file=" in head

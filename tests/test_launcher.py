@@ -16,7 +16,7 @@ import torch
 
 from asa_dist import launcher
 from asa_dist.config import Config, ConfigError, load_config
-from asa_dist.launcher import StopOnSignal, _launcher_command, assign_gpus, report_end
+from asa_dist.launcher import GpuAssignment, StopOnSignal, assign_gpus, launcher_command, report_end
 from asa_dist.train import parse_arguments
 from tests.run_folders import write_checkpoint, write_run
 
@@ -97,7 +97,7 @@ def run_and(run_dir: Path, program: str, meanwhile: Callable[[int], None]) -> tu
     thread = threading.Thread(target=lambda: meanwhile(int(wait_for(run_dir / "pid"))))
     thread.start()
     with StopOnSignal(run_dir) as stop:
-        code = stop.run([sys.executable, "-c", program, str(run_dir)], os.environ, ())
+        code = stop.run([sys.executable, "-c", program, str(run_dir)], {}, ())
     thread.join()
     return code, stop.killed_by
 
@@ -150,7 +150,7 @@ def test_before_anything_is_launched_the_first_signal_ends_it(
 
 def test_after_the_launcher_has_ended_nobody_is_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with StopOnSignal(tmp_path) as stop:
-        assert stop.run([sys.executable, "-c", ""], os.environ, ()) == 0
+        assert stop.run([sys.executable, "-c", ""], {}, ()) == 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal_this_process(number)
     assert stop.killed_by is None
@@ -180,7 +180,9 @@ def wait_until_gone(pid: int) -> None:
 # --- what the ranks are told --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("resume", [False, True])
 def test_the_ranks_understand_their_command(tmp_path: Path, resume: bool) -> None:
-    command = _launcher_command(["0", "1"], tmp_path, "127.0.0.1:6379", resume, 1763797931.1234567)
+    gpus = GpuAssignment(["0", "1"], [])
+    address = ("--ray-address", "127.0.0.1:6379")
+    command = launcher_command(Config(), gpus, tmp_path, resume, 1763797931.1234567, *address)
     understood = parse_arguments(["--local_rank=1", *command[command.index("asa_dist.train") + 1 :]])
     assert understood.config == str(tmp_path / "config.yaml") and understood.run_dir == tmp_path
     assert understood.prepared and understood.resume is resume and understood.ray_address == "127.0.0.1:6379"

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from asa_dist import rank as rank_module
+from asa_dist.asa_parts import doubtful_settings
 from asa_dist.config import Config, ConfigError, load_config
-from asa_dist.runtime import metrics
+from asa_dist.rank import Rank, announce, open_recorder
 from asa_dist.runtime.engine import Placement
 from asa_dist.runtime.run_log import read_rows
 from asa_dist.runtime.stopping import StopRequests
 from asa_dist.runtime.watchdog import Watchdog
-from asa_dist.train import Rank, _announce, _recorder, doubtful_settings, find_placement, parse_arguments
+from asa_dist.train import find_placement, parse_arguments
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"
 BIASED, LATE = "the off-policy correction is biased", "the run ends within the warm-up"
@@ -61,15 +63,17 @@ def rank(tmp_path: Path, number: int, *arguments: str) -> Rank:
 
 def test_rank_0_warns_once_and_the_others_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
-    monkeypatch.setattr(metrics, "ProgressLine", partial(metrics.ProgressLine, stream=shown))
+    monkeypatch.setattr(rank_module, "ProgressLine", partial(rank_module.ProgressLine, stream=shown))
+    headline = "ψ 1, φ 2, ξ 3 parameters; 2 ranks"
     for number in (0, 1):
         here = rank(tmp_path, number, "--resume")
-        with here.watchdog, _recorder(here, 7, str) as recorder:
-            _announce(here, recorder, {"psi": 1, "phi": 2, "xi": 3}, 7, {"step-00000009": "manifest.json: missing"})
-    damaged, instead, headline, *warnings = shown.getvalue().splitlines()
-    assert "step-00000009 is damaged and was not used: manifest.json: missing" in damaged
+        with here.watchdog, open_recorder(here, 7, 1000, str) as recorder:
+            doubts, damaged = doubtful_settings(here.config), {"step-00000009": "manifest.json: missing"}
+            announce(here, recorder, headline, doubts, 7, damaged)
+    damage, instead, shown_headline, *warnings = shown.getvalue().splitlines()
+    assert "step-00000009 is damaged and was not used: manifest.json: missing" in damage
     assert instead == "going on after step 7 instead"
-    assert headline.startswith("ψ 1, φ 2, ξ 3 parameters; 2 ranks")
+    assert shown_headline == headline
     assert len(warnings) == 1 and BIASED in warnings[0]
     assert warnings[0].startswith("asa: warning: rollout.top_p = 0.9, ")
     first, second = read_rows(tmp_path / "events.jsonl")

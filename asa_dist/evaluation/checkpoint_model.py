@@ -1,4 +1,4 @@
-"""A checkpoint of a run in one process, on the CPU or one GPU, whatever ranks and ZeRO stage wrote it.
+"""A checkpoint of a run in one process, on the CPU or one GPU, whatever method, ranks and ZeRO stage wrote it.
 
 What the shards hold is described in ``runtime/parameter_state.py``, which needs DeepSpeed; reading them does not.
 """
@@ -89,7 +89,6 @@ class CheckpointModel:
     shapes: dict[str, tuple[int, ...]]  # of every parameter
     shards: ShardFiles
     loop_state: dict[str, Tensor]
-    alignment: AlignmentState  # τ, centre, scale, progress for the next step
 
     def causal_lm(self, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
         """ψ as a plain transformers model in evaluation mode, on the CPU; masters rounded to ``dtype``."""
@@ -101,24 +100,12 @@ class CheckpointModel:
         self._fill(lm, GENERATOR)
         return lm.eval().requires_grad_(False)
 
-    def asa_model(self, device: str) -> AsaModel:
-        """ψ, φ and ξ as the trainer computes with them: in ``model.dtype``, in evaluation mode, without gradients."""
-        dtype, settings = DTYPES[self.config.model.dtype], self.model_settings(device)
-        model = around_trunk(self.causal_lm(dtype, settings.attention_implementation(device != "cpu")), self.config)
-        for name, part in (("evaluator.", model.evaluator), ("meta.", model.meta)):
-            self._fill(part.to(dtype), name)
-        return model.to(device).eval().requires_grad_(False)
-
     def rollout_engine(self, rollout: RolloutConfig, seed: int, device: str) -> HfEngine:
         """The engine of the run's workers, serving this checkpoint as version ``step``."""
         sampling = SamplingConfig(rollout, seed, self.tokenizer().eos_token_id)
         engine = HfEngine(str(self.run_dir / "model"), self.model_settings(device), sampling, device)
         engine.load(self.step, self._generator(DTYPES[self.config.model.dtype]))
         return engine
-
-    def step_inputs(self, counts: GlobalCounts, device: str) -> StepInputs:
-        """What the next training step would compute with."""
-        return step_inputs(self.alignment, self.config.objective, counts, device)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
@@ -134,6 +121,10 @@ class CheckpointModel:
     def weight(self, name: str) -> Tensor:
         """A parameter as the optimizer has it, float32."""
         return self.shards.weight(name, self.shapes[name])
+
+    def counter(self, name: str) -> float:
+        """What the loop has counted since its first step."""
+        return float(self.loop_state[f"counters.{name}"])
 
     def _generator(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """ψ under its transformers names."""
@@ -151,6 +142,25 @@ class CheckpointModel:
             parameter.copy_(self.weight(name))
 
 
+@dataclass(frozen=True)
+class AsaCheckpoint(CheckpointModel):
+    """One of ASA-LLM: with an evaluator, and what it is trusted by."""
+
+    alignment: AlignmentState  # τ, centre, scale, progress for the next step
+
+    def asa_model(self, device: str) -> AsaModel:
+        """ψ, φ and ξ as the trainer computes with them: in ``model.dtype``, in evaluation mode, without gradients."""
+        dtype, settings = DTYPES[self.config.model.dtype], self.model_settings(device)
+        model = around_trunk(self.causal_lm(dtype, settings.attention_implementation(device != "cpu")), self.config)
+        for name, part in (("evaluator.", model.evaluator), ("meta.", model.meta)):
+            self._fill(part.to(dtype), name)
+        return model.to(device).eval().requires_grad_(False)
+
+    def step_inputs(self, counts: GlobalCounts, device: str) -> StepInputs:
+        """What the next training step would compute with."""
+        return step_inputs(self.alignment, self.config.objective, counts, device)
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -158,7 +168,10 @@ def default_device() -> str:
 def open_checkpoint(
     run_dir: Path, step: int | None = None, progress: Callable[[str], None] = lambda message: None
 ) -> CheckpointModel:
-    """The newest sound checkpoint, or that of ``step``; every byte is verified first.
+    """The newest sound checkpoint, or that of ``step``; every byte is verified first. Of ASA-LLM an ``AsaCheckpoint``.
+
+    Args:
+        run_dir: of UDASA the folder of a round.
 
     Raises:
         ConfigError: no run folder, no such checkpoint, or none that is sound; says which there are.
@@ -200,8 +213,10 @@ def _open(run_dir: Path, config: Config, entry: CheckpointFolder, progress: Call
         loop_state = safetensors.torch.load((entry.path / LOOP).read_bytes())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read any more: {error}") from None
-    alignment = _alignment(config, part_of(loop_state, "alignment"), manifest.versions)
-    return CheckpointModel(run_dir, config, manifest.step, manifest.parameters, shards, loop_state, alignment)
+    opened = (run_dir, config, manifest.step, manifest.parameters, shards, loop_state)
+    if config.method == "udasa":
+        return CheckpointModel(*opened)
+    return AsaCheckpoint(*opened, _alignment(config, part_of(loop_state, "alignment"), manifest.versions))
 
 
 def _alignment(config: Config, saved: dict[str, Tensor], versions: dict[str, str]) -> AlignmentState:

@@ -6,6 +6,9 @@
     signal/…, trust/rank_correlation        measured signals; of R_self with R_intrinsic, in these samples
     probes/…                                truth, greedy_truth, self_auc, intrinsic_auc, rho, …: see ``probes``
     lm_eval/TASK/METRIC                     see ``lm_eval``
+
+A round of UDASA has no held-out rows, no rewards and no evaluator: of it there are the probes (truth, greedy_truth and
+what else needs answers alone) and lm-eval.
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from asa_dist.asa.loop import LARGEST_EXPONENT
 from asa_dist.asa.stepping import part_of
 from asa_dist.config import ConfigError
 from asa_dist.evaluation import probes as probing
-from asa_dist.evaluation.checkpoint_model import CheckpointModel, default_device, open_checkpoint
+from asa_dist.evaluation.checkpoint_model import AsaCheckpoint, CheckpointModel, default_device, open_checkpoint
 from asa_dist.evaluation.export import omega, write_export
 from asa_dist.evaluation.lm_eval import find_tasks, run_lm_eval
 from asa_dist.evaluation.scoring import ScoredResponses, counts_of, sample_groups, score_responses
+from asa_dist.records import RolloutGroup
 from asa_dist.runtime.data.errors import DataError
 from asa_dist.runtime.data.feed import CorpusFeed
 from asa_dist.runtime.data.prompts import PromptStream
@@ -52,7 +57,9 @@ def evaluate_run(
     If lm-eval fails, the rest of the row is appended all the same.
 
     Args:
-        num_samples: responses to the prompts that training takes next, in whole groups; 0: none.
+        run_dir: of UDASA the folder of a round.
+        num_samples: responses to the prompts that training takes next, in whole groups; 0: none. UDASA has no next
+            ones, nor rewards to score them by: it is not looked at.
         probe_file: see ``probes``.
         lm_eval_tasks: names; ``lm_eval_include`` is a folder with YAMLs of more.
         seed: of all sampling. With the run's own, samples are those that the next training step draws (at
@@ -62,25 +69,27 @@ def evaluate_run(
         The row, as appended to ``evals.jsonl``; None: a value that was not finite.
 
     Raises:
-        ConfigError: no run, checkpoint, probe file or task that can be used, or a row that cannot be written.
+        ConfigError: no run, checkpoint, probe file or task that can be used, or a row that cannot be written. Of UDASA
+            also: neither probes nor tasks.
     """
     manager = find_tasks(lm_eval_tasks, lm_eval_include) if lm_eval_tasks else None
     probes = probing.read_probes(probe_file) if probe_file is not None else []
     checkpoint, device = open_checkpoint(run_dir, step, progress), default_device()
+    if not (probes or manager or isinstance(checkpoint, AsaCheckpoint)):
+        raise ConfigError(f"{run_dir}: a round of UDASA has no held-out rows and no rewards to evaluate: say what its "
+                          "model is to be asked, with --probes or --lm-eval")  # fmt: skip
     with _writing(run_dir / EVAL_LOG) as path:  # that it can be, before the work
         path.open("a").close()
     row: dict[str, Any] = {"step": checkpoint.step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         progress(f"evaluating step {checkpoint.step} on the {'GPU' if device == 'cuda' else 'CPU'}")
-        model = checkpoint.asa_model(device)
-        row |= heldout_perplexity(checkpoint, model) | _trust(checkpoint)
-        if num_samples > 0:
-            row |= _samples(checkpoint, model, num_samples, seed, progress)
-        if probes:
-            row |= _probes(checkpoint, model, probes, seed, progress)
+        if isinstance(checkpoint, AsaCheckpoint):
+            row |= _asa_row(checkpoint, num_samples, probes, seed, device, progress)
+        elif probes:
+            _, answers, _ = _answers(checkpoint, probes, seed, device, progress)
+            row |= _named(answers)
     except DataError as error:
         raise ConfigError(str(error)) from None
-    del model  # lm-eval loads its own
     try:
         if manager is not None:
             row |= _lm_eval(checkpoint, lm_eval_tasks, manager, device, seed, progress)
@@ -91,8 +100,22 @@ def evaluate_run(
     return row
 
 
+def _asa_row(
+    checkpoint: AsaCheckpoint, num_samples: int, probes: Sequence[probing.Probe], seed: int, device: str,
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """What needs the whole model, which is let go of before lm-eval loads its own."""
+    model = checkpoint.asa_model(device)
+    row = heldout_perplexity(checkpoint, model) | _trust(checkpoint)
+    if num_samples > 0:
+        row |= _samples(checkpoint, model, num_samples, seed, progress)
+    if probes:
+        row |= _probes(checkpoint, model, probes, seed, progress)
+    return row
+
+
 @torch.no_grad()
-def heldout_perplexity(checkpoint: CheckpointModel, model: AsaModel) -> dict[str, float]:
+def heldout_perplexity(checkpoint: AsaCheckpoint, model: AsaModel) -> dict[str, float]:
     """Of the rows that training evaluates on, beside that of the bigram model at the same step."""
     config, device = checkpoint.config, next(model.parameters()).device
     micro_batches = config.num_ranks * config.train.accumulation_steps  # of the size that a rank has memory for
@@ -114,13 +137,13 @@ def heldout_perplexity(checkpoint: CheckpointModel, model: AsaModel) -> dict[str
 
 
 # --- parts of the row ---------------------------------------------------------------------------------------------
-def _trust(checkpoint: CheckpointModel) -> dict[str, float]:
+def _trust(checkpoint: AsaCheckpoint) -> dict[str, float]:
     weights = {f"omega/{term}": weight for term, weight in omega(checkpoint).items()}
     return {"trust/tau": checkpoint.alignment.tau, **weights}
 
 
 def _samples(
-    checkpoint: CheckpointModel, model: AsaModel, num_samples: int, seed: int, progress: Callable[[str], None]
+    checkpoint: AsaCheckpoint, model: AsaModel, num_samples: int, seed: int, progress: Callable[[str], None]
 ) -> dict[str, float]:
     config, device = checkpoint.config, str(next(model.parameters()).device)
     stream = PromptStream(checkpoint.run_dir, config.data, config.rollout, config.seed)
@@ -150,11 +173,27 @@ def reward_means(scored: ScoredResponses) -> dict[str, float]:
 
 
 def _probes(
-    checkpoint: CheckpointModel, model: AsaModel, probes: Sequence[probing.Probe], seed: int,
+    checkpoint: AsaCheckpoint, model: AsaModel, probes: Sequence[probing.Probe], seed: int,
     progress: Callable[[str], None],
 ) -> dict[str, float]:
+    """What is said to them, and whether the evaluator knows when it is true."""
+    device = str(next(model.parameters()).device)
+    groups, answers, truth_PG = _answers(checkpoint, probes, seed, device, progress)
+    terms = score_responses(checkpoint, model, groups, progress).terms
+    found = answers | probing.alignment_metrics(terms["self"], truth_PG, seed)
+    for term in ("self", "intrinsic"):
+        agreed = probing.agreement(terms[term], truth_PG)
+        found |= {f"{term}_{name}": value for name, value in agreed.items()}
+    return _named(found)
+
+
+def _answers(
+    checkpoint: CheckpointModel, probes: Sequence[probing.Probe], seed: int, device: str,
+    progress: Callable[[str], None],
+) -> tuple[list[RolloutGroup], dict[str, float], np.ndarray]:
+    """Groups of responses sampled at temperature 1, what is to be said of them and of greedy ones, truth_PG bool."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer()
-    rollout, device = config.rollout, str(next(model.parameters()).device)
+    rollout = config.rollout
     num_phrasings = max(1 + len(probe.variants) for probe in probes)
     num_responses = max(rollout.responses_per_prompt, num_phrasings)
     room = config.data.sequence_length - rollout.max_new_tokens
@@ -164,15 +203,11 @@ def _probes(
         groups = probing.sample_probes(engine, probes, tokenizer, room, progress)
         scores.append(probing.score_probes(probes, groups, tokenizer))
     greedy, sampled = scores
-    terms = score_responses(checkpoint, model, groups, progress).terms
-    found = sampled.metrics | {
-        "greedy_truth": greedy.metrics["truth"],
-        "responses": sampled.truth_PG.size,
-        **probing.alignment_metrics(terms["self"], sampled.truth_PG, seed),
-    }
-    for term in ("self", "intrinsic"):
-        agreed = probing.agreement(terms[term], sampled.truth_PG)
-        found |= {f"{term}_{name}": value for name, value in agreed.items()}
+    counted = {"greedy_truth": greedy.metrics["truth"], "responses": sampled.truth_PG.size}
+    return groups, sampled.metrics | counted, sampled.truth_PG
+
+
+def _named(found: dict[str, float]) -> dict[str, float]:
     return {f"probes/{name}": value for name, value in found.items()}
 
 

@@ -1,9 +1,9 @@
-"""`asa export`: a checkpoint as a plain ``transformers`` folder, with the evaluator beside it.
+"""`asa export`: a checkpoint as a plain ``transformers`` folder; of ASA-LLM with the evaluator beside it.
 
     config.json, generation_config.json, model*.safetensors     AutoModelForCausalLM.from_pretrained(FOLDER)
     tokenizer.json, …                                           AutoTokenizer.from_pretrained(FOLDER)
-    README.md                                                   what this is
-    evaluator.safetensors, evaluator.json                       what R_self is computed with (below)
+    README.md                                                   what this is (``model_card``)
+    evaluator.safetensors, evaluator.json                       of ASA-LLM: what R_self is computed with (below)
 
 ``evaluator.safetensors`` (float32): φ as ``evaluator.NAME`` and ξ as ``meta.NAME``, NAME being those of
 ``asa.heads.Evaluator`` and ``asa.heads.MetaOptimizer``; ``center_H`` [H], the running mean of pooled response states.
@@ -29,14 +29,13 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from asa_dist import __version__
 from asa_dist.asa.heads import MetaOptimizer
-from asa_dist.asa.stepping import part_of
 from asa_dist.config import ConfigError
-from asa_dist.evaluation.checkpoint_model import GENERATOR, CheckpointModel, open_checkpoint
+from asa_dist.evaluation.checkpoint_model import GENERATOR, AsaCheckpoint, CheckpointModel, open_checkpoint
+from asa_dist.evaluation.model_card import asa_card, udasa_card
 from asa_dist.rollout.weights import DTYPES
 from asa_dist.runtime.checkpoint_files import sync_folder
 
@@ -50,6 +49,7 @@ def export_run(
     """Writes the newest sound checkpoint, or that of ``step``, to ``out_dir``, which appears when it is complete.
 
     Args:
+        run_dir: of UDASA the folder of a round.
         dtype: float32 writes the optimizer's own weights, bfloat16 rounds them. The evaluator is always float32.
 
     Returns:
@@ -129,15 +129,43 @@ def _write_files(
     lm = checkpoint.causal_lm(DTYPES[dtype])
     with _without_noise():
         lm.save_pretrained(folder, max_shard_size="5GB")
+    if checkpoint.config.model.name_or_path is not None:
+        _keep_generation_config(checkpoint.config.model.name_or_path, folder)
+    if isinstance(checkpoint, AsaCheckpoint):
+        card = asa_card(checkpoint, dtype, _write_evaluator(checkpoint, folder))
+    else:
+        card = udasa_card(checkpoint, dtype)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _keep_generation_config(name_or_path: str, folder: Path) -> None:
+    """How the model that training began from is to be sampled, unless it does not say, or is not here any more."""
+    try:
+        kept = GenerationConfig.from_pretrained(Path(name_or_path).expanduser(), local_files_only=True)
+    except OSError:
+        return
+    kept.to_json_file(folder / "generation_config.json")
+
+
+def _make_durable(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+# --- the evaluator of ASA-LLM -------------------------------------------------------------------------------------
+def _write_evaluator(checkpoint: AsaCheckpoint, folder: Path) -> dict[str, Any]:
+    """Both of its files; returns the content of evaluator.json."""
     tensors = {name: checkpoint.weight(name) for name in checkpoint.shapes if not name.startswith(GENERATOR)}
     tensors["center_H"] = checkpoint.alignment.center().clone()
     safetensors.torch.save_file(tensors, folder / "evaluator.safetensors")
     described = _describe_evaluator(checkpoint)
     (folder / "evaluator.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(checkpoint, dtype, described), encoding="utf-8")
+    return described
 
 
-def omega(checkpoint: CheckpointModel) -> dict[str, float]:
+def omega(checkpoint: AsaCheckpoint) -> dict[str, float]:
     """Weights of the three self-reward terms for the next step (equation 10)."""
     meta = MetaOptimizer(checkpoint.config.evaluator.omega_floor)
     meta.load_state_dict({name: checkpoint.weight(f"meta.{name}") for name in meta.state_dict()})
@@ -145,7 +173,7 @@ def omega(checkpoint: CheckpointModel) -> dict[str, float]:
         return dict(zip(TERMS, meta(checkpoint.alignment.progress()).tolist(), strict=True))
 
 
-def _describe_evaluator(checkpoint: CheckpointModel) -> dict[str, Any]:
+def _describe_evaluator(checkpoint: AsaCheckpoint) -> dict[str, Any]:
     trunk = AutoConfig.from_pretrained(checkpoint.run_dir / "model", trust_remote_code=False)
     return {
         "step": checkpoint.step,
@@ -156,42 +184,3 @@ def _describe_evaluator(checkpoint: CheckpointModel) -> dict[str, Any]:
         "middle_layer": trunk.num_hidden_layers // 2,
         "evaluator": checkpoint.config.evaluator.model_dump(mode="json"),
     }
-
-
-def _model_card(checkpoint: CheckpointModel, dtype: str, described: dict[str, Any]) -> str:
-    counters = part_of(checkpoint.loop_state, "counters")
-    corpus, rollout = (f"{float(counters[f'tokens/{kind}']):,.0f}" for kind in ("corpus", "rollout"))
-    weights = ", ".join(f"{name} {value:.3f}" for name, value in described["omega"].items())
-    name_or_path = checkpoint.config.model.name_or_path
-    begun = "trained from scratch" if name_or_path is None else f"begun from `{name_or_path}`"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {checkpoint.run_dir.resolve().name}, step {checkpoint.step}
-
-A causal language model that aligned itself while it learned (ASA-LLM), {begun} by
-asa-dist {__version__}: {checkpoint.step:,} steps, {corpus} corpus tokens, {rollout} tokens of its own responses.
-Weights: {dtype}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-```
-
-`evaluator.safetensors` and `evaluator.json` hold the evaluator that came out of the same run; the model does not need
-them. At this step: trust τ = {described["tau"]:.3f}; weights ω: {weights}.
-
-**τ is agreement, not truth.** It says how far the learned reward orders a prompt's responses as the measured one does.
-Neither of them has seen a fact checked: high rewards and a high τ do not mean that what the model says is true.
-"""
-
-
-def _make_durable(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)

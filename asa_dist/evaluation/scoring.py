@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asa_dist.asa.objective import GlobalCounts
 from asa_dist.asa.packing import MicroBatch, pack_groups
-from asa_dist.evaluation.checkpoint_model import CheckpointModel
+from asa_dist.evaluation.checkpoint_model import AsaCheckpoint
 from asa_dist.records import Prompt, RolloutGroup
 from asa_dist.rollout.engine import Engine
 from asa_dist.runtime.data.tokenizer import token_tables
@@ -46,7 +46,7 @@ def sample_groups(
 
 @torch.no_grad()
 def score_responses(
-    checkpoint: CheckpointModel, model: AsaModel, groups: Sequence[RolloutGroup],
+    checkpoint: AsaCheckpoint, model: AsaModel, groups: Sequence[RolloutGroup],
     progress: Callable[[str], None] = lambda message: None,
 ) -> ScoredResponses:
     """Rewards of ``groups`` (P ≥ 1) with the checkpoint's φ, ω, τ and centre.
@@ -82,7 +82,7 @@ def counts_of(batches: Sequence[MicroBatch]) -> GlobalCounts:
     return GlobalCounts(*torch.stack([GlobalCounts.of(batch) for batch in batches]).sum(0).clamp(min=1).tolist())
 
 
-def groups_per_micro_batch(checkpoint: CheckpointModel) -> int:
+def groups_per_micro_batch(checkpoint: AsaCheckpoint) -> int:
     """What one rank has memory for."""
     config = checkpoint.config
     return max(1, config.rollout.prompts_per_step // (config.num_ranks * config.train.accumulation_steps))

@@ -41,6 +41,10 @@ class Curve:
         """Mean of the last values, as far as they are finite; NaN if none is."""
         return mean(self.values[-num_values:])
 
+    def between(self, first: int, last: int) -> list[float]:
+        """Values of the steps after ``first`` up to ``last``."""
+        return [value for step, value in zip(self.steps, self.values, strict=True) if first < step <= last]
+
     def mean_before(self, step: int, num_values: int) -> float:
         """Mean of the last values of steps before ``step``, or of the first ones if there are not so many."""
         end = max(num_values, next((i for i, other in enumerate(self.steps) if other >= step), len(self)))

@@ -22,7 +22,10 @@ BAD = {
     "version_corrupt", "unreadable",
 }
 GOOD = {"finished"}
-UNMARKED = {"checkpoint", "worker_started", "started", "finished", "unreadable"}  # in the table only
+UNMARKED = {  # in the table only; the stages of UDASA have bands
+    "checkpoint", "worker_started", "started", "finished", "unreadable", "stage_started", "stage_resumed",
+    "stage_finished",
+}
 SHOWN_ALONE = 3  # more of the same in a row are one line
 MAX_LINES = 200
 MAX_MARKS = 100

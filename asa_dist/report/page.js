@@ -6,6 +6,7 @@
   const MARKS = { bad: "#d33a2c", plain: "#8250df" };
   const SMOOTH_FROM = 60; // points: fewer are drawn as they are
   const MAX_ROWS = 400; // of the sample table, at a time
+  const bands = report.bands ?? []; // stages of UDASA
 
   const element = (tag, properties = {}, ...children) => {
     const made = Object.assign(document.createElement(tag), properties);
@@ -75,7 +76,18 @@
       });
       if (warmup.to !== null) shapes.push(line(warmup.to, "#b7791f", "solid"));
     }
-    return shapes;
+    const bandsOf = bands.map((band, at) => ({
+      type: "rect", x0: band.from, x1: band.to, yref: "paper", y0: 0, y1: 1, layer: "below", line: { width: 0 },
+      fillcolor: at % 2 ? "rgba(0,0,0,0)" : colour("--band"),
+    }));
+    return [...bandsOf, ...shapes];
+  }
+
+  function bandLabels() {
+    return bands.map((band) => ({
+      x: (band.from + band.to) / 2, yref: "paper", y: 1, yanchor: "top", text: band.text, showarrow: false,
+      font: { size: 11, color: colour("--soft") },
+    }));
   }
 
   function warmupLabel() {
@@ -97,22 +109,30 @@
     return high < 200 * low ? { dtick: "D2" } : {};
   }
 
-  function layoutOf(chart) {
-    const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
-    const padding = Math.max(1, report.last_step * 0.01);
+  function axisOf() {
+    return { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
+  }
+
+  function frame() {
     return {
       margin: { l: 52, r: 14, t: 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: "system-ui, sans-serif", size: 12, color: colour("--text") }, hovermode: "x unified",
+      font: { family: "system-ui, sans-serif", size: 12, color: colour("--text") },
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
-      xaxis: { ...axis, title: { text: "step", standoff: 4 }, range: [-padding, report.last_step + padding], hoverformat: ",d" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
+    };
+  }
+
+  function layoutOf(chart) {
+    const padding = Math.max(1, report.last_step * 0.01);
+    return {
+      ...frame(), hovermode: "x unified", legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+      xaxis: { ...axisOf(), title: { text: "step", standoff: 4 }, range: [-padding, report.last_step + padding], hoverformat: ",d" },
       yaxis: {
-        ...axis, exponentformat: "SI", ...(chart.log ? { type: "log", nticks: 7, tickformat: "~g", ...ticksOf(chart) } : {}),
+        ...axisOf(), exponentformat: "SI", ...(chart.log ? { type: "log", nticks: 7, tickformat: "~g", ...ticksOf(chart) } : {}),
         ...(chart.from_zero ? { rangemode: "tozero" } : {}), ...(chart.range ? { range: chart.range } : {}),
       },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
-      shapes: shapesOfMarks(), annotations: chart.title === "Trust τ" ? warmupLabel() : [],
+      shapes: shapesOfMarks(), annotations: chart.title === "Trust τ" ? warmupLabel() : bandLabels(),
     };
   }
 
@@ -138,23 +158,65 @@
     isFollowing = false;
   }
 
+  // A chart's place, under its heading and above its note.
+  function framed(grid, chart) {
+    const place = element("div", { className: "chart" });
+    const heading = element("h4", {}, chart.title, " ", element("small", { textContent: chart.unit }));
+    grid.append(element("figure", {}, heading, place, element("figcaption", { textContent: chart.note })));
+    return place;
+  }
+
   async function drawChapters() {
     const places = []; // all of them stand before the first is drawn: each then has its final size
     for (const chapter of report.chapters) {
       const grid = element("div", { className: "grid" });
       document.getElementById("charts").append(element("h3", { textContent: chapter.title }), grid);
-      for (const chart of chapter.charts) {
-        const place = element("div", { className: "chart" });
-        const heading = element("h4", {}, chart.title, " ", element("small", { textContent: chart.unit }));
-        grid.append(element("figure", {}, heading, place, element("figcaption", { textContent: chart.note })));
-        places.push([place, chart]);
-      }
+      places.push(...chapter.charts.map((chart) => [framed(grid, chart), chart]));
     }
     for (const [place, chart] of places) await draw(place, chart);
   }
 
+  // --- histograms ---------------------------------------------------------------------------------------------------
+  const histograms = report.histograms ?? []; // of UDASA's pairs
+  const histogramsDrawn = new Map(); // place -> what it shows
+
+  function histogramLayout(histogram) {
+    const line = (x) => ({
+      type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, line: { color: MARKS.plain, width: 1.5, dash: "dash" },
+    });
+    const label = (x, at) => ({
+      x, xanchor: "left", yref: "paper", y: 1, yanchor: "bottom", showarrow: false,
+      text: `τ${at + 1} = ${Number(x.toPrecision(3))}`, font: { size: 11, color: MARKS.plain },
+    });
+    return {
+      ...frame(), margin: { l: 52, r: 14, t: 24, b: 36 }, bargap: 0.04, showlegend: false,
+      xaxis: { ...axisOf(), title: { text: histogram.unit, standoff: 4 } },
+      yaxis: { ...axisOf(), title: { text: "pairs", standoff: 4 }, rangemode: "tozero" },
+      shapes: histogram.thresholds.map(line), annotations: histogram.thresholds.map(label),
+    };
+  }
+
+  async function drawHistogram(place, histogram, index) {
+    const { edges, counts } = histogram;
+    const bars = {
+      type: "bar", x: counts.map((_, at) => (edges[at] + edges[at + 1]) / 2), y: counts,
+      width: counts.map((_, at) => edges[at + 1] - edges[at]), marker: { color: transparent(PALETTE[index], 0.75) },
+      text: counts.map((count, at) => `${edges[at].toPrecision(3)} to ${edges[at + 1].toPrecision(3)}: ${count} pairs`),
+      textposition: "none", hovertemplate: "%{text}<extra></extra>",
+    };
+    await Plotly.react(place, [bars], histogramLayout(histogram), CONFIG);
+    histogramsDrawn.set(place, [histogram, index]);
+  }
+
+  async function drawHistograms() {
+    if (!histograms.length) return;
+    const grid = document.getElementById("histograms");
+    const places = histograms.map((histogram) => framed(grid, histogram));
+    for (const [index, place] of places.entries()) await drawHistogram(place, histograms[index], index);
+  }
+
   // --- samples ------------------------------------------------------------------------------------------------------
-  const samples = report.samples;
+  const samples = report.samples ?? { terms: [], groups: [], trends: [] }; // of ASA
   const rows = samples.groups.flatMap((group, place) => group.responses.map((response, sibling) => ({
     place, sibling, step: group.step, prompt: response.prompt ?? group.prompt, text: response.text,
     finished: response.finished, version: response.version, tau: group.tau, values: response.values,
@@ -276,12 +338,14 @@
   async function main() {
     setUpSamples();
     await drawChapters();
+    await drawHistograms();
     await setUpTrends();
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-      fillTable();
+      if (rows.length) fillTable();
       drawn.forEach(([chart, hidden], place) => draw(place, chart, hidden));
+      histogramsDrawn.forEach(([histogram, index], place) => drawHistogram(place, histogram, index));
     });
-    document.body.dataset.drawn = drawn.size;
+    document.body.dataset.drawn = drawn.size + histogramsDrawn.size;
   }
   main();
 })();

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -14,14 +13,19 @@ from typing import Any
 
 from asa_dist import __version__
 from asa_dist.config import ConfigError
-from asa_dist.report.charts import chapters, thinning_note, warmup
+from asa_dist.report.asa_page import asa_page
+from asa_dist.report.charts import thinning_note
 from asa_dist.report.curves import is_number
 from asa_dist.report.happenings import Happening, happenings, marks, table_lines
+from asa_dist.report.markup import table
+from asa_dist.report.method_page import MethodPage
 from asa_dist.report.run_files import RunFiles, read_run
-from asa_dist.report.samples import read_samples
 from asa_dist.report.settings import MISSING, Setting, settings
-from asa_dist.report.signs import WINDOW, warnings
+from asa_dist.report.signs import warnings
+from asa_dist.report.udasa_page import udasa_page
 from asa_dist.runtime.checkpoint_files import write_atomically
+
+METHODS: dict[str, Callable[[RunFiles], MethodPage]] = {"asa": asa_page, "udasa": udasa_page}
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -56,26 +60,24 @@ def build_page(run: RunFiles) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ConfigError(f"plotly is not installed: {error}; the report needs it: pip install plotly") from None
-    samples = read_samples(lambda: run.rows("samples.jsonl"))
+    method = METHODS[run.setting("method")](run)
     found = happenings(run)
-    curves = chapters(run)
-    data = {
-        "last_step": run.last_step, "chapters": curves, "marks": marks(found), "warmup": warmup(run),
-        "samples": samples,
-    }
+    data = {"last_step": run.last_step, "chapters": method.chapters, "marks": marks(found), **method.data}
     source = files("asa_dist.report")
     return Template((source / "page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{_name(run)}: {run.state}"),
+        title=escape(f"{run.name}: {method.state}"),
         version=escape(__version__),
         style=(source / "page.css").read_text(encoding="utf-8"),
-        header=_header(run),
-        warnings=_warnings(run),
+        header=_header(run, method),
+        warnings=_warnings([*warnings(run), *method.warnings]),
         happenings=_happenings(found),
+        before_curves=method.before_curves,
         legend_of_marks="deaths, failures and skipped steps in red, resumes and stops in violet",
+        shading=escape(method.shading),
         thinning=escape(thinning_note(run)),
-        without_curves="" if curves else "<p>No step has been logged yet.</p>",
+        without_curves="" if method.chapters else "<p>No step has been logged yet.</p>",
         evals=_evals(run),
-        without_samples="" if samples["groups"] else "<p>No responses have been sampled yet.</p>",
+        after_curves=method.after_curves,
         config=_config(run),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         data=_as_script_data(data),
@@ -89,92 +91,33 @@ def _as_script_data(data: dict[str, Any]) -> str:
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _name(run: RunFiles) -> str:
-    return run.run_dir.resolve().name
-
-
 # --- the header -------------------------------------------------------------------------------------------------
-def _header(run: RunFiles) -> str:
+def _header(run: RunFiles, method: MethodPage) -> str:
     figures = "".join(
-        f'<div{" class=bad" if is_bad else ""}><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(more)}</small>'
-        "</dd></div>"
-        for title, value, more, is_bad in _figures(run)
+        f'<div{" class=bad" if figure.is_bad else ""}><dt>{escape(figure.title)}</dt><dd>{escape(figure.value)}'
+        f"<small>{escape(figure.explanation)}</small></dd></div>"
+        for figure in method.figures
     )
-    state = run.state
+    state = method.state
+    worked_on = f"; {run.worked_on_by}" if run.worked_on_by and state == "running" else ""
     return (
-        f'<div class="title"><h1>{escape(_name(run))}</h1><span class="state {state.replace(" ", "-")}">{state}</span>'
-        f"<span>{escape(_steps(run))}</span></div>\n<dl class=figures>{figures}</dl>"
+        f'<div class="title"><h1>{escape(run.name)}</h1><span class="state {state.replace(" ", "-")}">{state}</span>'
+        f"<span>{escape(method.progress + worked_on)}</span></div>\n<dl class=figures>{figures}</dl>"
     )
 
 
-def _steps(run: RunFiles) -> str:
-    worked_on = f"; {run.worked_on_by}" if run.worked_on_by and run.state == "running" else ""
-    return f"step {run.last_step:,} of {run.setting('train.steps'):,}{worked_on}"
-
-
-def _figures(run: RunFiles) -> Iterable[tuple[str, str, str, bool]]:
-    """(title, value, explanation, whether it is bad)."""
-    perplexity, bigram = run.curve("eval/perplexity").last(), run.curve("eval/bigram_perplexity").last()
-    yield ("held-out perplexity", _number(perplexity), f"bigram model of the same tokens: {_number(bigram)}",
-           perplexity > bigram)
-    tau, speed = (run.curve(key).tail_mean(WINDOW) for key in ("trust/tau", "perf/tokens_per_second"))
-    yield f"trust τ, last {WINDOW} steps", _number(tau), "agreement with R_intrinsic, not truth", False
-    since = run.aligned_since
-    yield ("β > 0 since", "–" if since is None else f"step {since:,}",
-           f"β = {run.setting('objective.beta'):g} after the warm-up", False)
-    yield f"tokens per second, last {WINDOW} steps", _number(speed, 0), _trained(run), False
-    yield _ledger(run)
-    yield _checkpoint(run)
-
-
-def _trained(run: RunFiles) -> str:
-    corpus, rollout = run.curve("tokens/corpus").last(), run.curve("tokens/rollout").last()
-    minutes = sum(seconds for seconds in run.curve("time/step_seconds").values if math.isfinite(seconds)) / 60
-    return f"{_number(corpus, 0)} corpus and {_number(rollout, 0)} rollout tokens in {_number(minutes, 1)} minutes"
-
-
-def _ledger(run: RunFiles) -> tuple[str, str, str, bool]:
-    if run.inspection is None:
-        return "ledger", "unknown", "its file cannot be read", True
-    found = run.inspection.ledger
-    is_bad = bool(found.lost or found.repeated)
-    verdict = f"{len(found.lost):,} lost, {len(found.repeated):,} repeated" if is_bad else "nothing lost"
-    more = f"{found.trained:,} trained on{'' if is_bad else ' once each'}, {found.skipped_steps:,} steps skipped"
-    return "ledger of prompts", verdict, more, is_bad
-
-
-def _checkpoint(run: RunFiles) -> tuple[str, str, str, bool]:
-    if run.inspection is None or not run.inspection.checkpoints:
-        return "newest checkpoint", "–", "none yet", False
-    found = run.inspection
-    aside = f", {len(found.set_aside)} damaged set aside" if found.set_aside else ""
-    value = "none usable" if found.step is None else f"step {found.step:,}"
-    return "newest checkpoint", value, f"{len(found.checkpoints)} kept{aside}; sizes checked", found.step is None
-
-
-def _number(value: float, digits: int = 2) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else "–"
-
-
-def _warnings(run: RunFiles) -> str:
-    found = warnings(run)
+def _warnings(found: list[str]) -> str:
     items = "".join(f"<li>{escape(text)}</li>" for text in found)
     return f'<div class="warnings" role="alert"><h2>Look at this first</h2><ul>{items}</ul></div>' if found else ""
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
-def _table(heads: Sequence[str], lines: Iterable[str], size: str = "") -> str:
-    head = "".join(f"<th scope=col>{escape(text)}</th>" for text in heads)
-    body = "".join(lines)
-    return f'<div class="scroll {size}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _happenings(found: list[Happening]) -> str:
     if not found:
         return "<p>Nothing has been recorded.</p>"
     lines, left_out = table_lines(found)
     note = f'<p class="note">{left_out:,} lines from the middle are left out: see events.jsonl.</p>' if left_out else ""
-    return note + _table(("time (UTC)", "step", "what", "details"), map(_happening, lines), "low")
+    return note + table(("time (UTC)", "step", "what", "details"), map(_happening, lines), "low")
 
 
 def _happening(line: Happening) -> str:
@@ -206,7 +149,7 @@ def _evals(run: RunFiles) -> str:
         + "".join(f"<td class=number>{escape(_cell(row.get(key)))}</td>" for row in run.evals) + "</tr>"
         for key in keys
     )
-    return f"<section id=evals><h2>Evaluations</h2>{_table(heads, lines)}</section>"
+    return f"<section id=evals><h2>Evaluations</h2>{table(heads, lines)}</section>"
 
 
 def _cell(value: Any) -> str:
@@ -222,8 +165,8 @@ def _config(run: RunFiles) -> str:
     different = [setting for setting in found if not setting.is_default]
     heads = ("key", "value", "default")
     return (
-        f"<h3>What differs from the defaults ({len(different)})</h3>{_table(heads, map(_setting, different))}"
-        f"<details><summary>All {len(found)} settings</summary>{_table(heads, map(_setting, found))}</details>"
+        f"<h3>What differs from the defaults ({len(different)})</h3>{table(heads, map(_setting, different))}"
+        f"<details><summary>All {len(found)} settings</summary>{table(heads, map(_setting, found))}</details>"
     )
 
 

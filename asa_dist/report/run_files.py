@@ -66,6 +66,22 @@ class RunFiles:
         return self.curves.get(key, Curve())
 
     @property
+    def is_round(self) -> bool:
+        """Of a run of UDASA, whose folder stands around it."""
+        return bool(self.setting("method") == "udasa")
+
+    @property
+    def resumed_folder(self) -> Path:
+        """What `asa resume` takes."""
+        return self.run_dir.resolve().parent if self.is_round else self.run_dir
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        folder = self.run_dir.resolve()
+        return f"{folder.parent.name}, {folder.name}" if self.is_round else folder.name
+
+    @property
     def last_step(self) -> int:
         """The last one in metrics.jsonl; 0 before the first."""
         return max((curve.steps[-1] for curve in self.curves.values()), default=0)
@@ -84,8 +100,8 @@ class RunFiles:
     @property
     def _is_complete(self) -> bool:
         """Its last checkpoint is that of the last step."""
-        step = self.inspection.step if self.inspection else None
-        return step is not None and step >= self.setting("train.steps")
+        found = self.inspection
+        return bool(found and found.step is not None and found.num_steps is not None and found.step >= found.num_steps)
 
     @property
     def aligned_since(self) -> int | None:

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from asa_dist.report.curves import Curve, finite_number, is_number, mean, rounded, step_of, thin
+from asa_dist.report.markup import cut
 
 MAX_RESPONSES = 2000  # in the table
 MAX_CHARACTERS = 4000  # of a prompt or response
@@ -117,21 +118,15 @@ def _group(row: Row, terms: list[str]) -> dict[str, Any]:
         "step": row["step"],
         "prompt_id": step_of(row, "prompt_id"),
         "tau": rounded([finite_number(row.get("tau"))])[0],
-        "prompt": _cut(row["prompt"]),
+        "prompt": cut(row["prompt"], MAX_CHARACTERS),
         "responses": [
             {
-                "text": _cut(str(response.get("text", ""))),
+                "text": cut(str(response.get("text", "")), MAX_CHARACTERS),
                 "finished": bool(response.get("finished")),
                 "version": step_of(response, "version"),
-                **({"prompt": _cut(str(response["prompt"]))} if "prompt" in response else {}),
+                **({"prompt": cut(str(response["prompt"]), MAX_CHARACTERS)} if "prompt" in response else {}),
                 "values": rounded(finite_number(response.get(term)) for term in terms),
             }
             for response in row["responses"]
         ],
     }
-
-
-def _cut(text: str) -> str:
-    if len(text) <= MAX_CHARACTERS:
-        return text
-    return f"{text[:MAX_CHARACTERS]} … (cut here: {len(text):,} characters)"

@@ -28,7 +28,7 @@ from asa_dist.config import ConfigError, ModelConfig, RolloutConfig
 from asa_dist.config_udasa import UdasaConfig
 from asa_dist.estimators.build import Estimators
 from asa_dist.estimators.estimator import EstimatorError, Notify
-from asa_dist.records import MeasuredPrompt, MeasuredResponse, Prompt, Response, unmeasured
+from asa_dist.records import MeasuredPrompt, MeasuredResponse, Prompt, Response, TextPrompt, unmeasured
 from asa_dist.rollout.cluster import ClusterError
 from asa_dist.rollout.engine import SamplingConfig
 from asa_dist.rollout.pool import ActorPool, OnEvent, wait_for_any
@@ -45,16 +45,6 @@ EstimatorBuilder = Callable[[UdasaConfig, Path, str, Notify], Estimators]  # as 
 
 class ScoringError(Exception):
     """An estimator failed; the message names it."""
-
-
-@dataclass(frozen=True)
-class TextPrompt:
-    """What is measured: a prompt as people read it, and as the model does."""
-
-    prompt_id: int
-    text: str  # without a chat template: what the estimators read
-    token_ids: np.ndarray  # int32 [T], T ≥ 1: what stands before a response in training, chat template applied
-    instruction_token_ids: np.ndarray | None = None  # int32 [T]: the same of `one_prompt.instruction`, if used
 
 
 @dataclass(frozen=True)
@@ -224,6 +214,7 @@ def measure(
         model_folder: of transformers, with a tokenizer; readable on all actors' hosts.
         build_estimators, build_engine: top-level functions, called in each actor's process.
         on_event: see :class:`ActorPool`; also ``estimator_notice``, and at the end ``measured`` with what was counted.
+        progress: told several times a second how far it is; what it raises ends the measuring.
 
     Raises:
         ClusterError: Ray has too few CPUs or GPUs.
@@ -253,16 +244,15 @@ def measure(
             elif any(prompt.prompt_id not in files.uncertainties for prompt in bundle):
                 scorers.submit([files.responses[prompt.prompt_id] for prompt in bundle])
         while generators.is_busy or scorers.is_busy:
-            for bundle, generated in (generated_now := generators.collect()):
+            for bundle, generated in generators.collect():
                 files.add_responses(generated)
                 scorers.submit([files.responses[prompt.prompt_id] for prompt in bundle])
-            for responded, (u_PN, notices) in (scored_now := scorers.collect()):
+            for responded, (u_PN, notices) in scorers.collect():
                 files.add_uncertainties(responded, u_PN)
                 for notice in notices:
                     on_event("estimator_notice", {"notice": notice})
-            if generated_now or scored_now:
-                seconds = time.monotonic() - started_seconds
-                progress(_progress(files, len(prompts), len(files.uncertainties) - num_scored_before, seconds))
+            seconds = time.monotonic() - started_seconds
+            progress(_progress(files, len(prompts), len(files.uncertainties) - num_scored_before, seconds))
             wait_for_any([generators, scorers])
     finally:
         generators.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from asa_dist.records import MeasuredPrompt, MeasuredResponse, unmeasured
+from asa_dist.runtime.checkpoint_files import write_atomically
 from asa_dist.runtime.run_log import RunLog, read_rows
 
 RESPONSES, UNCERTAINTY = "responses.jsonl", "uncertainty.jsonl"
+MEASURED = "measured.json"  # is there once every prompt has been measured; what was counted
 
 
 class MeasurementFiles:
@@ -56,6 +59,15 @@ class MeasurementFiles:
             for place, prompt in enumerate(prompts) if prompt.prompt_id not in self.uncertainties}
         self._append(UNCERTAINTY, [{"prompt_id": prompt_id, **values} for prompt_id, values in new.items()])
         self.uncertainties |= new
+
+    def complete(self, left_out: Mapping[int, str]) -> None:
+        """Writes down that nothing is missing any more. Raises OSError.
+
+        Args:
+            left_out: prompts that were not to be measured: why, by id.
+        """
+        found = {**self.counts(), "left_out": {str(prompt_id): reason for prompt_id, reason in left_out.items()}}
+        write_atomically(self.folder / MEASURED, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
     def measured(self) -> list[MeasuredPrompt]:
         """Every prompt with all that is known of its responses, by ascending id; without those not yet scored."""

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,12 +18,12 @@ from tqdm import tqdm
 
 from asa_dist.config import MetricsConfig
 from asa_dist.records import Prompt, RolloutGroup
-from asa_dist.runtime.run_log import EVENT_LOG, STEP_LOGS, RunLog
+from asa_dist.runtime.run_log import EVENT_LOG, STEP_LOGS, RunLog, event_row
 from asa_dist.runtime.wandb_log import WandbProcess
 
 
 class ProgressLine:
-    """A live line in a terminal, plain lines otherwise: step, losses, τ, tokens/s, time left.
+    """A live line in a terminal, plain lines otherwise: step, losses, speed, time left.
 
     Args:
         first_step: steps finished before; time left follows from the rate since then.
@@ -48,12 +47,13 @@ class ProgressLine:
                 f"step {values['step']:.0f}: held-out perplexity {values['eval/perplexity']:.2f}, "
                 f"bigram model of the same tokens {values['eval/bigram_perplexity']:.2f}"
             )
-        if "loss/total" not in values:
+        if "eval/margin" in values:
+            self.say(
+                f"step {values['step']:.0f}: held-out pairs of stage {values['udasa/stage']:.0f}: loss "
+                f"{values['eval/loss']:.3f} margin {values['eval/margin']:+.3f} accuracy {values['eval/accuracy']:.2f}"
+            )
+        if not (text := _step_text(values)):
             return
-        text = (
-            f"loss {values['loss/total']:.3f} mle {values['loss/mle']:.3f} align {values['loss/self_align']:+.3f} "
-            f"τ {values['trust/tau']:.2f} β {values['trust/beta']:.1f} {values['perf/tokens_per_second']:,.0f} tokens/s"
-        )
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(int(values["step"]) - self._bar.n)
@@ -74,6 +74,23 @@ class ProgressLine:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _step_text(values: dict[str, float]) -> str:
+    """What a live line says of a step, of either method; empty for rows that are of no update."""
+    if "loss/total" in values:
+        text = (
+            f"loss {values['loss/total']:.3f} mle {values['loss/mle']:.3f} align {values['loss/self_align']:+.3f} "
+            f"τ {values['trust/tau']:.2f} β {values['trust/beta']:.1f}"
+        )
+    elif "udasa/loss" in values:
+        text = (
+            f"stage {values['udasa/stage']:.0f} loss {values['udasa/loss']:.3f} margin {values['udasa/margin']:+.3f} "
+            f"accuracy {values['udasa/accuracy']:.2f}"
+        )
+    else:
+        return ""
+    return f"{text} {values['perf/tokens_per_second']:,.0f} tokens/s"
 
 
 LARGEST_ON_POLICY_DIFFERENCE = 0.1  # nats: the same weights, so only rounding may differ
@@ -134,8 +151,7 @@ class RunRecorder:
 
     def event(self, name: str, /, **details: Any) -> None:
         """Adds to events.jsonl what happened to the run, with the time (UTC)."""
-        time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._append(EVENT_LOG, {"time": time_utc, "event": name, **details})
+        self._append(EVENT_LOG, event_row(name, details))
 
     def say(self, message: str) -> None:
         """One line for whoever watches."""

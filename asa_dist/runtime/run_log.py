@@ -10,8 +10,9 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ class RunLog:
                 self._is_torn = False
             raise
         self._num_bytes += len(line)
+
+
+def event_row(name: str, details: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of events.jsonl: what happened now."""
+    return {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **details}
 
 
 def _whole_lines_bytes(path: Path) -> int:

@@ -19,9 +19,9 @@ from typing import Literal
 
 import numpy as np
 
-from asa_dist.asa.trust import TIE_TOLERANCE
 from asa_dist.records import MeasuredPrompt, PreferencePair
 
+TIE_TOLERANCE = 1e-6  # of uncertainties; the report reads this file, so it imports no torch
 NUM_BINS = 20
 BAR_CHARACTERS = 40
 NO_PAIR_REASONS = {

@@ -23,7 +23,7 @@ VARIABLE = "TEST_MODERATION_KEY"
 
 
 def config_of(**sections: dict[str, Any]) -> UdasaConfig:
-    return UdasaConfig.model_validate({"uncertainties": tuple(sections), **sections})
+    return UdasaConfig.model_validate({"uncertainties": list(sections), **sections})
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_models_of_their_own(tmp_path: Path) -> None:
 
 
 def test_only_those_that_are_measured(measured: Path) -> None:
-    config = UdasaConfig.model_validate({"uncertainties": ("semantic",), "value": {"judge": "endpoint"}})
+    config = UdasaConfig.model_validate({"uncertainties": ["semantic"], "value": {"judge": "endpoint"}})
     estimators = build_estimators(config, measured, "cpu", pytest.fail)
     assert estimators.factual is None and estimators.value is None
 

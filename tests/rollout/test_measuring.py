@@ -29,7 +29,7 @@ from asa_dist.config import ConfigError, ModelConfig, RolloutConfig
 from asa_dist.config_udasa import UdasaConfig
 from asa_dist.estimators.build import Estimators
 from asa_dist.estimators.estimator import EstimatorError, Notify, Question
-from asa_dist.records import MeasuredPrompt, MeasuredResponse, Prompt, Response
+from asa_dist.records import Prompt, Response
 from asa_dist.rollout.cluster import ClusterError, RayHandle, connect
 from asa_dist.rollout.coordinator import RolloutFailure
 from asa_dist.rollout.engine import SamplingConfig
@@ -46,9 +46,10 @@ from asa_dist.rollout.measuring import (
 from asa_dist.rollout.worker import build_engine
 from asa_dist.runtime.measurements import RESPONSES, UNCERTAINTY, MeasurementFiles
 from asa_dist.runtime.run_log import read_rows
-from asa_dist.udasa.one_prompt import instruction, split_responses
+from asa_dist.udasa.one_prompt import split_responses
 from tests.rollout.ray_run import local_ray, wait_until
 from tests.rollout.tiny_model import EOS, VOCAB_SIZE, make_model
+from tests.udasa.measured import prompt_of
 
 BREAKS = ["\n" * count for count in range(2, 12)]  # tokens that end a paragraph: the model finds some of them likely
 DEADLINE_SECONDS = 250.0  # for a hang, not for a slow machine
@@ -134,10 +135,6 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def open_files(folder: Path) -> MeasurementFiles:
-    return MeasurementFiles(folder)
-
-
 # --- the reference ----------------------------------------------------------------------------------------------
 def expected_rows(folder: Path, prompts: Sequence[TextPrompt]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Both files of an undisturbed round, by one engine and plain loops."""
@@ -195,26 +192,6 @@ def assert_undisturbed(round_folder: Path, model_folder: Path, prompts: Sequence
 
 
 # --- without Ray ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("text", "expected"), [
-    ("1. Iron.\n2. Gold,\nI think.\n3. Zinc.", ["Iron.", "Gold,\nI think.", "Zinc."]),
-    ("Sure! Here they are:\n\n**Response 1:** Iron.\n\n**Response 2:**\nGold:\n1. heavy\n2. soft\n",
-     ["Iron.", "Gold:\n1. heavy\n2. soft"]),
-    ("### Answer 1\nIron\n### Answer 2\n\n### ANSWER 3 - Zinc", ["Iron", "Zinc"]),
-    ("(1) Iron\n(2) Gold\n7) of seven", ["Iron", "Gold\n7) of seven"]),
-    ("Iron.\n\nGold: 2. of all\n \n\nZinc.\n", ["Iron.", "Gold: 2. of all", "Zinc."]),
-    ("1. Only one", ["1. Only one"]),
-    (" \n\n ", []),
-])
-def test_an_answer_is_split_into_responses(text: str, expected: list[str]) -> None:
-    assert split_responses(text) == expected
-
-
-def test_the_instruction_is_the_papers() -> None:
-    assert instruction("Why {so}?", 5) == (
-        "You are a professional AI assistant. Please provide 5 distinct responses to the following question. Ensure "
-        "each response is independent. Question: Why {so}?")
-
-
 def generator(folder: Path, config: MeasuringConfig) -> Generator:
     made = Generator(config, folder, build_engine)
     made.start()
@@ -273,11 +250,6 @@ def test_a_folder_that_lacks_weights_is_not_measured(tmp_path: Path) -> None:
         generator(tmp_path, CONFIG)
 
 
-def prompt_of(*texts: str) -> MeasuredPrompt:
-    responses = tuple(MeasuredResponse(text, np.array([4], np.int32), True, None, None, None, None) for text in texts)
-    return MeasuredPrompt(3, "w8", np.array([8], np.int32), 7, 4, responses)
-
-
 def test_scores_are_those_of_plain_loops(tmp_path: Path) -> None:
     texts = ["w24 w5", "w24", ""]
     estimators = build_letter_estimators(CONFIG.udasa, tmp_path, "cpu", print)
@@ -286,7 +258,7 @@ def test_scores_are_those_of_plain_loops(tmp_path: Path) -> None:
         assert found[name].shape == (2, 3) and found[name].dtype == np.float64
         assert found[name][0] == pytest.approx([math.nan if u is None else u for u in expected], abs=1e-6, nan_ok=True)
     assert np.isnan(found["total"][0, 2]) and found["semantic"][0, 2] == 1
-    only_value = score([prompt_of(*texts)], estimators, UdasaConfig(uncertainties=("value",)))
+    only_value = score([prompt_of(*texts)], estimators, UdasaConfig(uncertainties=["value"]))
     assert only_value.keys() == {"value", "total"}
 
 
@@ -303,52 +275,12 @@ def test_an_estimator_that_breaks_is_named(tmp_path: Path) -> None:
         score([prompt_of("w1", "w2")], sound, CONFIG.udasa)
 
 
-def test_files_give_back_what_was_added(tmp_path: Path) -> None:
-    files = open_files(tmp_path)
-    prompts = [replace(prompt_of("ä w1", ""), prompt_id=prompt_id) for prompt_id in (9, 2, 5)]
-    files.add_responses(prompts[:2])
-    files.add_responses(prompts)  # the first two are there
-    scores = {"value": np.array([[0.25, math.nan]] * 2), "total": np.array([[0.25, math.nan]] * 2)}
-    files.add_uncertainties(prompts[:2], scores)
-    with (tmp_path / RESPONSES).open("a") as file:
-        file.write('{"prompt_id": 4, "prom')  # torn
-    files = open_files(tmp_path)
-    assert list(files.responses) == [9, 2, 5]
-    assert files.counts() == {"prompts": 2, "responses": 4, "empty": 2, "unmeasured": 2}
-    found = files.measured()
-    assert [prompt.prompt_id for prompt in found] == [2, 9]
-    first, second = found[0].responses
-    assert (first.text, first.token_ids.tolist(), first.token_ids.dtype) == ("ä w1", [4], np.int32)
-    assert first.uncertainties == {"value": 0.25, "total": 0.25} and second.uncertainties == {}
-    files.add_responses([replace(prompts[0], prompt_id=4)])
-    assert [row["prompt_id"] for row in read_rows(tmp_path / RESPONSES)] == [9, 2, 5, 4]
-
-
-def test_a_full_disk_is_said_and_what_is_written_stays(tmp_path: Path) -> None:
-    code = f"""
-import resource, signal
-from pathlib import Path
-from tests.rollout.test_measuring import open_files, prompt_of, replace
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))  # the system refuses what goes beyond
-files = open_files(Path({str(tmp_path)!r}))
-try:
-    files.add_responses([replace(prompt_of("w4", "w5"), prompt_id=prompt_id) for prompt_id in range(3)])
-except OSError as error:
-    print(error, len(files.responses))
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True,
-                          timeout=DEADLINE_SECONDS)
-    assert done.stdout == f"[Errno 27] File too large: '{tmp_path / RESPONSES}' 0\n", done.stderr
-    assert list(open_files(tmp_path).responses) == [0]
-
-
 @pytest.mark.parametrize("change", [
-    {"seed": 5}, {"policy_version": 8}, {"udasa": UdasaConfig(uncertainties=("value", "factual"))},
+    {"seed": 5}, {"policy_version": 8}, {"udasa": UdasaConfig(uncertainties=["value", "factual"])},
     {"rollout": ROLLOUT.model_copy(update={"responses_per_prompt": 4})},
 ])
 def test_files_of_another_measurement_are_not_continued(tmp_path: Path, change: dict[str, Any]) -> None:
-    files, (prompt,) = open_files(tmp_path), make_prompts(1)
+    files, (prompt,) = MeasurementFiles(tmp_path), make_prompts(1)
     check_files(files, [prompt], CONFIG)
     measured = replace(prompt_of("w4", "w5", "w6"), prompt_id=0, prompt=prompt.text, token_ids=prompt.token_ids)
     files.add_responses([measured])
@@ -373,9 +305,9 @@ class Round:
     lines: list[str] = field(default_factory=list)
 
     def measure(self) -> None:
-        measure(self.prompts, self.folder, self.config, open_files(self.folder), build_engine=build_recorded_engine,
-                build_estimators=build_letter_estimators, on_event=lambda *event: self.events.append(event),
-                progress=self.lines.append)
+        measure(self.prompts, self.folder, self.config, MeasurementFiles(self.folder),
+                build_engine=build_recorded_engine, build_estimators=build_letter_estimators,
+                on_event=lambda *event: self.events.append(event), progress=self.lines.append)
 
     def names(self) -> list[str]:
         return [event for event, _ in self.events]
@@ -486,7 +418,7 @@ def test_an_engine_that_cannot_be_built_and_too_small_a_ray(ray_handle: RayHandl
         raise OSError("no such engine on this host")
 
     rollout = ROLLOUT.model_copy(update={"max_deaths_in_a_row": 1})
-    files = open_files(tmp_path)
+    files = MeasurementFiles(tmp_path)
     arguments: dict[str, Any] = {
         "build_estimators": build_letter_estimators, "on_event": lambda *event: None, "progress": print}
     with pytest.raises(RolloutFailure, match=r"every generator died 1 times in a row .* generator-0, while starting: "

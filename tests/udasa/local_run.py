@@ -31,7 +31,7 @@ from tests.asa.local_run import ListRecorder as AsaRecorder
 
 ROW = 32
 NUM_PAIRS = 27  # nine in every stage: one of them held out, three steps of up to three
-RATES = (3.0, 5.0)
+RATES = [3.0, 5.0]
 SETTINGS: dict[str, Any] = {"pairs_per_step": 3, "learning_rates": RATES, "eval_every_steps": 2}
 
 

@@ -19,7 +19,7 @@ PEAK = 5e-6
 
 def stage_of(num_steps: int, **changes: Any) -> StagePlan:
     """A stage alone, of so many steps of one pair."""
-    settings = {"pairs_per_step": 1, "heldout_fraction": 0.0, "learning_rates": (PEAK,), "max_steps": 10**6} | changes
+    settings = {"pairs_per_step": 1, "heldout_fraction": 0.0, "learning_rates": [PEAK], "max_steps": 10**6} | changes
     (plan,) = plan_curriculum(dict.fromkeys(range(num_steps), 0), CurriculumConfig(**settings), seed=0, round_index=0)
     assert plan.num_steps == min(num_steps, settings["max_steps"])
     return plan
@@ -84,7 +84,7 @@ def test_a_stage_without_pairs_is_left_out() -> None:
 
 
 def test_random_order_of_stages_is_seeded() -> None:
-    config = CurriculumConfig(order="random", learning_rates=(1.0, 2.0, 3.0))
+    config = CurriculumConfig(order="random", learning_rates=[1.0, 2.0, 3.0])
     found = Counter()
     for seed in range(100):
         plans = plan_curriculum(three_stages(), config, seed, round_index=0)

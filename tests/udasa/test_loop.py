@@ -90,7 +90,7 @@ def test_held_out_pairs_are_evaluated_from_time_to_time_and_at_the_end_of_a_stag
 
 def test_a_stage_whose_held_out_loss_does_not_fall_ends_early_and_the_next_one_begins_anew(tmp_path: Path) -> None:
     """At a rate of 0 the second evaluation is no better than the first."""
-    run = local_run(tmp_path, learning_rates=(0.0,), pairs_per_step=1, patience=1)
+    run = local_run(tmp_path, learning_rates=[0.0], pairs_per_step=1, patience=1)
     run.loop.run()
     assert [plan.num_steps for plan in run.loop.stages] == [8, 8, 8]
     assert [row["udasa/stage"] for row in run.train_rows()] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
@@ -101,7 +101,7 @@ def test_a_stage_whose_held_out_loss_does_not_fall_ends_early_and_the_next_one_b
 
 
 def test_without_held_out_pairs_a_stage_has_all_its_steps(tmp_path: Path) -> None:
-    run = local_run(tmp_path, learning_rates=(0.0,), heldout_fraction=0.0, pairs_per_step=1, patience=1)
+    run = local_run(tmp_path, learning_rates=[0.0], heldout_fraction=0.0, pairs_per_step=1, patience=1)
     run.loop.run()
     assert run.loop.finished == NUM_PAIRS
     assert not any(name.startswith("eval/") for row in run.recorder.rows for name in row)
@@ -137,7 +137,7 @@ def assert_ends_like(resumed: LocalRun, straight: LocalRun, first_step: int) -> 
 @pytest.mark.parametrize("reference", ["stage_start", "base"])
 def test_a_run_goes_on_from_any_checkpoint_as_if_it_had_not_ended(tmp_path: Path, reference: str) -> None:
     """Also between two stages, and within the second and third one, which end early."""
-    settings = {"reference": reference, "every_steps": 1, "learning_rates": (3.0, 0.0), "pairs_per_step": 1,
+    settings = {"reference": reference, "every_steps": 1, "learning_rates": [3.0, 0.0], "pairs_per_step": 1,
                 "patience": 2, "eval_every_steps": 1}
     straight = local_run(tmp_path, **settings)
     straight.loop.run()

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from asa_dist.asa.trust import TIE_TOLERANCE
 from asa_dist.records import MeasuredPrompt, MeasuredResponse, PreferencePair
 from asa_dist.udasa.pairs import (
     NO_PAIR_REASONS,
     NUM_BINS,
+    TIE_TOLERANCE,
     assign_stages,
     describe_pairs,
     differences,
