@@ -48,7 +48,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def what_must_be_given(name: str, pretrained: Path) -> list[str]:
     if name.startswith("udasa"):
-        return [f"model.name_or_path={pretrained}", f"rollout.prompt_file={pretrained}/prompts.txt"]
+        given = [f"model.name_or_path={pretrained}", f"rollout.prompt_file={pretrained}/prompts.txt"]
+        return [*given, f"udasa.semantic.encoder={pretrained}"] if name == "udasa-smollm2" else given
     return [f"model.name_or_path={pretrained}", f"data.tokenizer.path={pretrained}"] if name == "finetune" else []
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.asa.local_run import local_run
 from tests.distributed import tiny
+from tests.udasa.local_run import local_run as local_udasa_run
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -21,4 +22,6 @@ def explained_keys() -> list[str]:
 def test_readme_explains_every_key_once_and_no_other(tmp_path: Path) -> None:
     run = local_run(tiny.config(stage=0, metrics={"samples_every_steps": 1}), tmp_path)
     run.loop.run(2)
-    assert sorted(explained_keys()) == sorted(set().union(*run.recorder.rows))
+    udasa_run = local_udasa_run(tmp_path / "udasa")
+    udasa_run.loop.run()
+    assert sorted(explained_keys()) == sorted(set().union(*run.recorder.rows, *udasa_run.recorder.rows))
