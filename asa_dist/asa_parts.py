@@ -32,7 +32,7 @@ def open_asa(rank: Rank, parts: ExitStack) -> OpenRun:
     engine = WatchedEngine(model, config.train, config.optimizer, config.model.dtype, placement, watchdog)
     parts.callback(engine.close)
     damaged: dict[str, str] = {}
-    checkpointer = Checkpointer(run_dir, config.checkpoint, engine, damaged.__setitem__)
+    checkpointer = Checkpointer(rank.ownership, config.checkpoint, engine, damaged.__setitem__)
     loaded = checkpointer.load() if rank.options.resume else None
     first_step = loaded.step if loaded else 0
     recorder = parts.enter_context(open_recorder(rank, first_step, config.train.steps, tokenizer.decode))

@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume.set_defaults(action=resume_command)
 
     _add_udasa(commands)
+    _add_submit(commands)
 
     inspect = commands.add_parser(
         "inspect", help="what a run has done and can go on from",
@@ -83,6 +84,38 @@ def _add_udasa(commands: Any) -> None:
                 "--show", type=_bounded(1, 2**31), metavar="K", help="print the K clearest and the K most doubtful"
             )
         command.set_defaults(action=udasa_command)
+
+
+def _add_submit(commands: Any) -> None:
+    submit = commands.add_parser(
+        "submit", help="train as a SLURM job",
+        description="Writes one script, RUN/submit.sbatch, and hands it to sbatch. The job restarts itself before the "
+        "time limit and when a node is lost. In an existing run folder: goes on with that run.",
+    )  # fmt: skip
+    number = _bounded(1, 100_000)
+    submit.add_argument("config", type=Path, help="YAML file, e.g. configs/asa-7b.yaml")
+    submit.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override fields of the config")
+    submit.add_argument("--nodes", type=number, required=True, metavar="N", help="nodes of the job")
+    submit.add_argument(
+        "--rollout-nodes", type=_bounded(0, 100_000), default=0, metavar="M",
+        help="so many of them only generate (default: 0, every node trains and generates)",
+    )  # fmt: skip
+    submit.add_argument(
+        "--gpus-per-node", type=_bounded(0, 1000), default=0, metavar="G",
+        help="all that a node has (default: 0, on CPUs with train.ranks per node)",
+    )  # fmt: skip
+    submit.add_argument("--time", metavar="T", help="time limit, as for sbatch: D-HH:MM:SS (default: the partition's)")
+    submit.add_argument("--partition", metavar="P", help="as for sbatch")
+    submit.add_argument("--account", metavar="A", help="as for sbatch")
+    submit.add_argument(
+        "--max-restarts", type=_bounded(0, 1000), default=3, metavar="K",
+        help="restarts in a row without progress, after which the job fails (default: 3)",
+    )  # fmt: skip
+    submit.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="run folder, shared by all nodes (default: runs/CONFIG-DATE-TIME)"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="print who runs where; do nothing")
+    submit.set_defaults(action=submit_command)
 
 
 def _add_after_training(commands: Any) -> None:
@@ -242,6 +275,31 @@ def udasa_command(options: argparse.Namespace) -> int:
         made = read_pairs(newest_round(target))
         print(show_pairs(made.pairs, made.stage_by_id, options.show))
     return code
+
+
+def submit_command(options: argparse.Namespace) -> int:
+    from asa_dist import submit
+    from asa_dist.config import load_config
+    from asa_dist.job_layout import plan_layout
+
+    path = options.config
+    request = submit.JobRequest(options.time, options.partition, options.account, options.max_restarts)
+    asked = load_config(path, options.overrides)
+    layout = plan_layout(asked, str(path), options.nodes, options.rollout_nodes, options.gpus_per_node)
+    config = submit.resolve_config(path, options.overrides, layout)
+    run_dir = _new_run_dir(options, path).absolute()
+    script = submit.render_script(config, layout, request, path.stem, run_dir)
+    print(submit.describe_job(config, layout, request, run_dir))
+    if options.dry_run:
+        print(submit.settings_of(script))
+        return 0
+    try:
+        job = submit.submit_job(submit.save_job(config, script, run_dir))
+    except submit.SubmitError as error:
+        print(f"asa: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    print(submit.what_next(job, run_dir))
+    return 0
 
 
 def _run(

@@ -26,6 +26,7 @@ from asa_dist.runtime.checkpoint_files import (
     read_manifest,
     verify_files,
 )
+from asa_dist.runtime.ownership import Owner, read_owner
 from asa_dist.runtime.run_lock import lock_holder
 from asa_dist.runtime.run_log import read_events, read_rows
 from asa_dist.trained import Ledger, tally
@@ -58,7 +59,8 @@ class Inspection:
     run_dir: str
     resumed_as: str  # the folder to go on with: of a round of UDASA that of its run
     num_steps: int  # to be made: train.steps, or those of all stages of the round's curriculum
-    worked_on_by: str | None  # None: nobody
+    worked_on_by: str | None  # None: nobody, on this host
+    owner: Owner | None  # the newest start of training, at work or not; None: there was none
     ledger: Ledger
     checkpoints: list[CheckpointReport]  # newest first
     set_aside: list[str]  # names of damaged ones without which the run went on
@@ -134,6 +136,7 @@ def inspect_run(run_dir: Path, *, is_quick: bool, progress: Callable[[str], None
         resumed_as=str(resumed_as),
         num_steps=num_steps,
         worked_on_by=_holder(run_dir, resumed_as, round_report),
+        owner=read_owner(run_dir),
         ledger=ledger,
         checkpoints=[examine(checkpoint, is_quick, progress) for checkpoint in list_checkpoints(run_dir)],
         set_aside=list_set_aside(run_dir),
@@ -209,6 +212,7 @@ def as_text(found: Inspection) -> str:
     lines = [
         f"{found.run_dir}: {found.status}",
         *(as_lines(found.round) if found.round else ()),
+        *([f"start {owner.generation}: {owner}, at {owner.time}"] if (owner := found.owner) else ()),
         "ledger",
         f"  trained: {ledger.trained:,} {what} in {ledger.steps:,} steps, {ledger.skipped_steps:,} of them skipped",
         f"  lost: {_ids(ledger.lost)}; repeated: {_ids(ledger.repeated)}",

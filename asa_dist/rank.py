@@ -15,6 +15,7 @@ from asa_dist.config import Config
 from asa_dist.runtime.data.errors import DataError
 from asa_dist.runtime.engine import Placement
 from asa_dist.runtime.metrics import ProgressLine, RunRecorder, SilentRecorder
+from asa_dist.runtime.ownership import Ownership
 from asa_dist.runtime.run_log import truncate_logs
 from asa_dist.runtime.stopping import StopRequests
 from asa_dist.runtime.watchdog import Watchdog
@@ -26,6 +27,7 @@ class Rank:
 
     config: Config
     run_dir: Path
+    ownership: Ownership  # of the run folder
     placement: Placement
     options: argparse.Namespace
     stopping: StopRequests
@@ -50,18 +52,25 @@ class OpenRun:
 def open_recorder(
     rank: Rank, first_step: int, num_steps: int, decode: Callable[[Sequence[int]], Any]
 ) -> Iterator[RunRecorder | SilentRecorder]:
-    """Rank 0 writes and shows, from after ``first_step`` steps on; the others are silent."""
+    """Rank 0 writes and shows, from after ``first_step`` steps on; the others are silent.
+
+    Raises:
+        DataError: the logs cannot be read, cut or opened.
+        TakenOver: because a later start of the run has them.
+    """
     if not rank.is_first:
         yield SilentRecorder()
         return
     try:
         # what came after will be trained again; from the beginning on, so will the evaluation before it
-        truncate_logs(rank.run_dir, first_step or -1)
+        truncate_logs(rank.run_dir, first_step or -1, rank.ownership.folder)
         progress = ProgressLine(num_steps, first_step)
         recorder = RunRecorder(rank.run_dir, rank.config.metrics, decode, progress)
     except (OSError, ValueError) as error:
+        rank.ownership.require()
         raise DataError(f"the logs in {rank.run_dir} cannot be continued: {error}") from None
     try:
+        rank.ownership.require()  # else what was opened may be the later start's logs
         yield recorder
     finally:
         recorder.close()
@@ -81,7 +90,8 @@ def announce(
     for warning in warnings:
         recorder.say(f"asa: warning: {warning}")
     layout = {"ranks": rank.placement.num_ranks, "zero_stage": rank.config.train.zero_stage}
-    recorder.event("resumed" if rank.options.resume else "started", step=first_step, **layout)
+    name = "resumed" if rank.options.resume else "started"
+    recorder.event(name, step=first_step, generation=rank.ownership.generation, **layout)
 
 
 def silence_transformers(*, is_shown: bool) -> None:

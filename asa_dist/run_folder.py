@@ -15,6 +15,7 @@ from asa_dist.runtime.run_lock import hold_run_folder
 
 if TYPE_CHECKING:
     from asa_dist.runtime.data.prepare import DataSummary
+    from asa_dist.runtime.ownership import Ownership
 
 
 def prepare_run_folder(config: Config, run_dir: Path, resume: bool = False) -> DataSummary:
@@ -112,3 +113,29 @@ def prepared_together(config: Config, run_dir: Path, rank: int, resume: bool) ->
         if problem[0] is not None:
             raise problem[0]
         yield
+
+
+def taken_over_together(run_dir: Path, rank: int) -> Ownership:
+    """Rank 0 makes this start the owner of a run folder that is prepared; what it raises is raised on all ranks.
+
+    Raises:
+        TakenOver, DataError: as :func:`take_over`; the latter says what the disk does not do.
+    """
+    import torch.distributed as dist
+
+    from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.ownership import TakenOver, take_over
+
+    outcome: list[Ownership | Exception | None] = [None]
+    if rank == 0:
+        try:
+            outcome = [take_over(run_dir)]
+        except TakenOver as error:
+            outcome = [error]
+        except OSError as error:
+            outcome = [DataError(f"{error.filename or run_dir}: {error.strerror or error}")]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    assert outcome[0] is not None
+    return outcome[0]

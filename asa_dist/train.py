@@ -52,7 +52,9 @@ def find_placement(config: Config) -> Placement:
     Raises:
         ConfigError: not started by a launcher, or a device that is not there.
     """
-    _follow_slurm()
+    from asa_dist.runtime.rendezvous import follow_slurm
+
+    follow_slurm()
     try:
         rank, local_rank, num_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -72,15 +74,6 @@ def find_placement(config: Config) -> Placement:
     return Placement(
         rank, local_rank, num_ranks, torch.device("cuda", local_rank) if config.train.gpus else torch.device("cpu")
     )
-
-
-def _follow_slurm() -> None:
-    """srun numbers its tasks in variables of its own; deepspeed, too, reads torch's."""
-    slurm = os.environ
-    if "RANK" not in slurm and "SLURM_PROCID" in slurm:
-        num_ranks, num_hosts = int(slurm["SLURM_NTASKS"]), int(slurm["SLURM_NNODES"])
-        slurm |= {"RANK": slurm["SLURM_PROCID"], "LOCAL_RANK": slurm["SLURM_LOCALID"], "WORLD_SIZE": str(num_ranks),
-                  "LOCAL_WORLD_SIZE": str(num_ranks // num_hosts)}
 
 
 def adapt_to_launcher(config: Config, num_ranks: int) -> Config:
@@ -105,7 +98,7 @@ def train(options: argparse.Namespace, config: Config, run_dir: Path, placement:
     import torch.distributed as dist
 
     from asa_dist.rank import Rank
-    from asa_dist.run_folder import prepared_together
+    from asa_dist.run_folder import prepared_together, taken_over_together
     from asa_dist.runtime.engine import describe_lost_peer, is_lost_peer, join_process_group
     from asa_dist.runtime.watchdog import Watchdog
 
@@ -116,9 +109,10 @@ def train(options: argparse.Namespace, config: Config, run_dir: Path, placement:
         join_process_group(placement, config.train.collective_timeout_seconds)
         if not options.prepared:
             parts.enter_context(prepared_together(config, run_dir, placement.rank, options.resume))
+        ownership = taken_over_together(run_dir, placement.rank)
         watchdog = parts.enter_context(Watchdog(run_dir, placement.rank))
         try:
-            code = _train_prepared(Rank(config, run_dir, placement, options, stopping, watchdog))
+            code = _train_prepared(Rank(config, run_dir, ownership, placement, options, stopping, watchdog))
         except RuntimeError as error:
             if is_lost_peer(error):
                 watchdog.dump(describe_lost_peer(error, placement.rank), error)
@@ -188,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from asa_dist.runtime.data.errors import DataError
     from asa_dist.runtime.engine import describe_lost_peer, is_lost_peer
     from asa_dist.runtime.model import ModelError
+    from asa_dist.runtime.ownership import TakenOver
 
     run_dir = options.run_dir or Path("runs") / Path(options.config).stem
     try:
@@ -195,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, ModelError, CheckpointError) as error:
         _complain(error)
         return EXIT_BAD_CONFIG
-    except (TrainingError, RolloutsUnavailable, RolloutFailure, ClusterError, TimeoutError) as error:
+    except (TrainingError, RolloutsUnavailable, RolloutFailure, ClusterError, TakenOver, TimeoutError) as error:
         print(f"asa: rank {placement.rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except RuntimeError as error:

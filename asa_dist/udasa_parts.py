@@ -37,7 +37,7 @@ def open_udasa(rank: Rank, parts: ExitStack) -> OpenRun:
     engine = WatchedEngine(model, config.train, config.optimizer, config.model.dtype, placement, watchdog)
     parts.callback(engine.close)
     damaged: dict[str, str] = {}
-    checkpointer = Checkpointer(run_dir, config.checkpoint, engine, damaged.__setitem__)
+    checkpointer = Checkpointer(rank.ownership, config.checkpoint, engine, damaged.__setitem__)
     loaded = checkpointer.load() if rank.options.resume else None
     first_step = loaded.step if loaded else 0
     num_steps = sum(plan.num_steps for plan in plans)

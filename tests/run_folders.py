@@ -46,10 +46,13 @@ def flip_a_bit(path: Path) -> None:
 
 def write_checkpoint(folder: Path, step: int, snapshot: LedgerSnapshot | None = None, num_ranks: int = 2) -> Path:
     """A complete one, of random-looking bytes."""
-    partial = files.start_partial(folder, step)
+    work = folder / "work"
+    work.mkdir()
+    partial = files.start_partial(work, step)
     contents = {f"{files.SHARDS}/rank-{rank:05d}.safetensors": bytes([rank, step]) * 500 for rank in range(num_ranks)}
     contents[files.ROLLOUTS] = dump_snapshot(snapshot or LedgerSnapshot(step, ()))
     records = {name: files.write_file(partial / name, [content]) for name, content in contents.items()}
     name = files.complete(folder, partial, files.Manifest(step, num_ranks, 3, VERSIONS, {"weight": (2, 3)}, records))
-    files.name_latest(folder, name)
+    files.name_latest(folder, work, name)
+    work.rmdir()
     return folder / files.FOLDER / name

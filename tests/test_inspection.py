@@ -13,6 +13,7 @@ from asa_dist.cli import main
 from asa_dist.inspection import Inspection, in_units, inspect_run
 from asa_dist.records import LedgerSnapshot, OpenStep, Prompt, Response, RolloutGroup
 from asa_dist.runtime.checkpoint_files import set_aside
+from asa_dist.runtime.ownership import take_over
 from asa_dist.runtime.run_lock import hold_run_folder
 from tests.run_folders import flip_a_bit, write_checkpoint, write_rows, write_run, write_trained
 
@@ -67,6 +68,17 @@ def test_status(run_dir: Path, tmp_path: Path) -> None:
 def test_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert main(["inspect", str(tmp_path / name)]) == 2
     assert "is no run folder" in capsys.readouterr().err
+
+
+def test_who_trained_last(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        take_over(run_dir)
+    assert main(["inspect", str(run_dir), "--json"]) == 0
+    owner = json.loads(capsys.readouterr().out)["owner"]
+    assert owner["generation"] == 2
+    assert main(["inspect", str(run_dir), "--quick"]) == 0
+    shown = capsys.readouterr().out.splitlines()[1]
+    assert shown == f"start 2: {owner['by']}, on host {owner['host']}, at {owner['time']}"
 
 
 # --- ledger -------------------------------------------------------------------------------------------------------
@@ -146,7 +158,7 @@ def test_files_that_are_cut_off_or_missing(run_dir: Path, is_quick: bool) -> Non
 
 
 def test_what_was_set_aside(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    set_aside(run_dir, "step-00000006")
+    set_aside(run_dir, run_dir, "step-00000006")
     assert main(["inspect", str(run_dir)]) == 0
     printed = capsys.readouterr().out
     assert "stopped after step 3 of 10" in printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ from asa_dist.asa_parts import doubtful_settings
 from asa_dist.config import Config, ConfigError, load_config
 from asa_dist.rank import Rank, announce, open_recorder
 from asa_dist.runtime.engine import Placement
-from asa_dist.runtime.run_log import read_rows
+from asa_dist.runtime.ownership import Ownership, TakenOver, take_over
+from asa_dist.runtime.run_log import RunLog, read_rows, truncate_logs
 from asa_dist.runtime.stopping import StopRequests
 from asa_dist.runtime.watchdog import Watchdog
 from asa_dist.train import find_placement, parse_arguments
+from tests.disk_steps import before_disk_step
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"
 BIASED, LATE = "the off-policy correction is biased", "the run ends within the warm-up"
@@ -53,20 +56,22 @@ def test_how_far_the_warm_up_gets() -> None:
     assert found.startswith("optimizer.warmup_steps = 20, train.steps = 5: ") and "25 % of their peak" in found
 
 
-def rank(tmp_path: Path, number: int, *arguments: str) -> Rank:
+def rank(ownership: Ownership, number: int, *arguments: str) -> Rank:
+    run_dir = ownership.run_dir
     settings = config("rollout.top_p=0.9")
     placement = Placement(number, number, 2, torch.device("cpu"))
-    stopping = StopRequests(tmp_path, number, None, time.monotonic())
+    stopping = StopRequests(run_dir, number, None, time.monotonic())
     options = parse_arguments(["config.yaml", *arguments])
-    return Rank(settings, tmp_path, placement, options, stopping, Watchdog(tmp_path, number))
+    return Rank(settings, run_dir, ownership, placement, options, stopping, Watchdog(run_dir, number))
 
 
 def test_rank_0_warns_once_and_the_others_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(rank_module, "ProgressLine", partial(rank_module.ProgressLine, stream=shown))
     headline = "ψ 1, φ 2, ξ 3 parameters; 2 ranks"
+    ownership = take_over(tmp_path)
     for number in (0, 1):
-        here = rank(tmp_path, number, "--resume")
+        here = rank(ownership, number, "--resume")
         with here.watchdog, open_recorder(here, 7, 1000, str) as recorder:
             doubts, damaged = doubtful_settings(here.config), {"step-00000009": "manifest.json: missing"}
             announce(here, recorder, headline, doubts, 7, damaged)
@@ -78,7 +83,37 @@ def test_rank_0_warns_once_and_the_others_are_silent(tmp_path: Path, monkeypatch
     assert warnings[0].startswith("asa: warning: rollout.top_p = 0.9, ")
     first, second = read_rows(tmp_path / "events.jsonl")
     assert (first["event"], first["name"]) == ("checkpoint_damaged", "step-00000009")
-    assert (second["event"], second["step"], second["ranks"]) == ("resumed", 7, 2)
+    assert (second["event"], second["step"], second["generation"], second["ranks"]) == ("resumed", 7, 1, 2)
+
+
+def test_a_start_that_is_replaced_while_it_opens_its_logs(tmp_path: Path) -> None:
+    """Whenever the other one comes: only its rows are in the logs, and the first one ends."""
+    told = []
+    for number in itertools.count(1):
+        run_dir = tmp_path / str(number)
+        run_dir.mkdir()
+        (run_dir / "trained.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
+        first, logs = rank(take_over(run_dir), 0, "--resume"), list[RunLog]()
+
+        def another_start_comes(run_dir: Path = run_dir, logs: list[RunLog] = logs) -> None:
+            truncate_logs(run_dir, 5, take_over(run_dir).folder)
+            logs.append(RunLog(run_dir / "trained.jsonl"))
+            logs[0].append({"step": 6, "by": "the other one"})
+
+        with first.watchdog, before_disk_step(number, another_start_comes):
+            try:
+                with open_recorder(first, 5, 1000, str) as recorder:
+                    recorder.trained(6, [0])
+            except TakenOver as error:
+                told.append(str(error))
+        if not logs:
+            break
+        logs[0].append({"step": 7, "by": "the other one"})
+        logs[0].close()
+        rows = list(read_rows(run_dir / "trained.jsonl"))
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7], f"step {number} on the disk"
+        assert [row.get("by") for row in rows[5:]] == ["the other one"] * 2
+    assert len(told) > 5 and all("another start of this run (process " in message for message in told)
 
 
 # --- who starts a rank --------------------------------------------------------------------------------------------

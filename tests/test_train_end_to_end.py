@@ -82,7 +82,8 @@ def test_self_alignment_takes_part(finished: Run) -> None:
 
 
 def test_run_folder(finished: Run) -> None:
-    kept_by_the_run = {"data", "model"}  # the tokenised corpus; the trunk's configuration, for workers
+    # the tokenised corpus; the trunk's configuration, for workers; who trained
+    kept_by_the_run = {"data", "model", ".start-1"}
     names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "trained.jsonl", "events.jsonl", "checkpoints",
              "tokenizer", "report.html"}
     assert {path.name for path in finished.run_dir.iterdir()} == names | kept_by_the_run

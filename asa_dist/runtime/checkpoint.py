@@ -5,7 +5,8 @@ load    newest first: each rank verifies its share of the files │ a damaged on
         every rank: reads the ranges it needs from whichever shards have them, whatever wrote them
         rank 0: damaged ones, newer than that, are renamed: none of them comes back
 
-After each part the ranks exchange how it went: what fails on one has failed on all, and none waits for ever.
+After each part the ranks exchange how it went: what fails on one has failed on all, and none waits for ever. All of it
+is made in this start's own folder, and appears or goes by renames: where a later start has taken over, they fail.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from asa_dist.config import CheckpointConfig
 from asa_dist.runtime import checkpoint_files as files
 from asa_dist.runtime.checkpoint_files import CheckpointError, FileRecord, Manifest
 from asa_dist.runtime.engine import TrainEngine
+from asa_dist.runtime.ownership import Ownership, TakenOver
 from asa_dist.runtime.parameter_state import (
     ShardReader,
     local_pieces,
@@ -71,20 +73,24 @@ def _require(before_commit: Callable[[], bool] | None) -> None:
 
 
 class Checkpointer:
-    """Checkpoints of one run. Every method, and making one, is a collective: all ranks call it.
+    """Checkpoints of one start of a run. Every method, and making one, is a collective: all ranks call it.
 
     The ranks talk over a group of their own, with ``checkpoint.timeout_seconds``: a slow disk is no lost peer. If a
     peer is lost all the same, gloo's RuntimeError says so.
 
     Args:
+        ownership: of the run folder; the same on every rank. Once it is lost, ``save`` and what ``load`` changes raise
+            TakenOver, on every rank alike.
         on_damaged: called on rank 0 with (name, what is wrong) of a checkpoint that cannot be used, as soon as it is
             known: verifying the next one may take minutes.
     """
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, engine: TrainEngine, on_damaged: Callable[[str, str], None]
+        self, ownership: Ownership, config: CheckpointConfig, engine: TrainEngine,
+        on_damaged: Callable[[str, str], None],
     ):
-        self._run_dir, self._keep, self._engine, self._on_damaged = run_dir, config.keep, engine, on_damaged
+        self._ownership, self._run_dir, self._work = ownership, ownership.run_dir, ownership.folder
+        self._keep, self._engine, self._on_damaged = config.keep, engine, on_damaged
         self._rank, self._num_ranks = engine.placement.rank, engine.placement.num_ranks
         self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=config.timeout_seconds))
 
@@ -102,6 +108,9 @@ class Checkpointer:
             rollouts: rank 0's counts.
             before_commit: makes durable what has to be there before the checkpoint is; called on every rank. False: it
                 could not, and there is no checkpoint either.
+
+        Raises:
+            TakenOver: a later start owns the run folder; there is no checkpoint.
         """
         start = time.perf_counter()
         try:
@@ -112,15 +121,15 @@ class Checkpointer:
             name, untidy = self._on_first_rank(lambda: self._complete(folder, step, records))
         except _FailedOnARank as failure:
             if self._rank == 0:
-                files.remove_partials(self._run_dir)  # what cannot be removed now is tried again by the next save
+                files.remove_partials(self._work)  # what cannot be removed now is tried again by the next save
             return SaveResult(False, str(failure), time.perf_counter() - start, 0, "")
         num_bytes = sum(record.bytes for record in records.values())
         return SaveResult(True, "; ".join([*stale, *untidy]), time.perf_counter() - start, num_bytes, name)
 
     def _start(self, step: int) -> tuple[Path, list[str]]:
         """(empty folder to write into, what could not be tidied up)."""
-        stale = files.remove_partials(self._run_dir)
-        return files.start_partial(self._run_dir, step), stale
+        stale = files.remove_partials(self._work)
+        return files.start_partial(self._work, step), stale
 
     def _write_files(
         self, folder: Path, loop_state: dict[str, Tensor], rollouts: bytes | None
@@ -148,7 +157,7 @@ class Checkpointer:
             files=records,
         )
         name = files.complete(self._run_dir, folder, manifest)
-        return name, files.settle(self._run_dir, name, self._keep)  # it stands already, whatever fails now
+        return name, files.settle(self._run_dir, self._work, name, self._keep)  # it stands already, whatever fails now
 
     # --- loading -------------------------------------------------------------------------------------------------
     def load(self) -> LoadedCheckpoint | None:
@@ -161,6 +170,7 @@ class Checkpointer:
         Raises:
             CheckpointError: all are damaged, the newest sound one is of another model, or a damaged one cannot be set
                 aside. On every rank alike.
+            TakenOver: the same, but because a later start owns the run folder.
         """
         damaged: dict[str, str] = {}  # name → what is wrong
         for name in self._on_first_rank(self._candidates):
@@ -214,9 +224,9 @@ class Checkpointer:
 
     def _forget(self, passed_over: list[str], loaded: str) -> None:
         for name in passed_over:
-            files.set_aside(self._run_dir, name)
+            files.set_aside(self._run_dir, self._work, name)
         if passed_over:
-            files.name_latest(self._run_dir, loaded)
+            files.name_latest(self._run_dir, self._work, loaded)
 
     def _loaded(self, folder: Path, manifest: Manifest) -> LoadedCheckpoint:
         has_rollouts = self._rank == 0 and files.ROLLOUTS in manifest.files
@@ -238,6 +248,7 @@ class Checkpointer:
 
         Raises:
             _FailedOnARank: on every rank, if a file could not be written or read on one.
+            TakenOver: on every rank, if that is why.
         """
         outcome: list[T] = []
         failure = ""
@@ -246,6 +257,8 @@ class Checkpointer:
         except (OSError, SafetensorError, CheckpointError) as error:
             failure = f"rank {self._rank}: {error}"
         if failures := [other for other in self._exchange(failure) if other]:
+            if (successor := self._exchange(self._ownership.lost_to())[0]) is not None:  # one answer for all
+                raise TakenOver(successor)
             raise _FailedOnARank("; ".join(failures))
         return outcome[0]
 

@@ -5,10 +5,11 @@ RUN/checkpoints/step-00000300/manifest.json    size and checksum of every other 
                               shards/rank-00000.safetensors, …    weights and optimizer states (``parameter_state``)
                               loop.safetensors                    what the loop knows
                               rollouts.safetensors                prompts and finished groups not yet trained on
-RUN/checkpoints/.partial-…                     not complete yet, or being removed: never read
 RUN/checkpoints/damaged-step-00000300          was passed over when the run went on from an older one: never read again
+WORK/step-00000300                             not complete yet, or being removed: never read
 
-A folder appears, whole, by one rename, and goes the same way. A step that is saved again gets a folder of its own
+A folder appears, whole, by one rename out of ``work``, the writing start's own folder, and goes by one into it, so that
+a start without that folder can change nothing (``ownership``). A step that is saved again gets a folder of its own
 (``step-00000300-2``) before the first one goes, so that a complete one stands at every moment.
 """
 
@@ -29,7 +30,7 @@ import xxhash
 
 FOLDER, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
 SHARDS, LOOP, ROLLOUTS = "shards", "loop.safetensors", "rollouts.safetensors"
-PARTIAL, DAMAGED = ".partial-", "damaged-"
+DAMAGED = "damaged-"
 NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 BLOCK_BYTES = 1 << 22
 
@@ -184,9 +185,9 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
         raise
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file is either the old one or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_atomically(path: Path, text: str, work: Path | None = None) -> None:
+    """The file is either the old one or the new one, also after a crash. ``work``: where it is made, if not beside."""
+    temporary = (work or path.parent) / f".{path.name}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -204,10 +205,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def start_partial(run_dir: Path, step: int) -> Path:
+def start_partial(work: Path, step: int) -> Path:
     """Makes the folder that the checkpoint of ``step`` is written into before it is complete."""
-    folder = _free(run_dir / FOLDER / f"{PARTIAL}step-{step:08d}")
-    (folder / SHARDS).mkdir(parents=True)
+    folder = _free(work / f"step-{step:08d}")
+    folder.mkdir()  # without parents: ``work`` is not to come back
+    (folder / SHARDS).mkdir()
     return folder
 
 
@@ -219,21 +221,23 @@ def complete(run_dir: Path, folder: Path, manifest: Manifest) -> str:
     sync_folder(folder / SHARDS)
     write_atomically(folder / MANIFEST, text)
     attempts = [entry.attempt for entry in list_checkpoints(run_dir) if entry.step == step]
-    final = folder.with_name(f"step-{step:08d}" + (f"-{max(attempts) + 1}" if attempts else ""))
+    final = run_dir / FOLDER / (f"step-{step:08d}" + (f"-{max(attempts) + 1}" if attempts else ""))
+    final.parent.mkdir(exist_ok=True)
     folder.rename(final)
     return final.name
 
 
-def name_latest(run_dir: Path, name: str) -> None:
+def name_latest(run_dir: Path, work: Path, name: str) -> None:
     """Writes ``latest``."""
-    write_atomically(run_dir / FOLDER / LATEST, f"{name}\n")
+    write_atomically(run_dir / FOLDER / LATEST, f"{name}\n", work)
 
 
-def set_aside(run_dir: Path, name: str) -> None:
+def set_aside(run_dir: Path, work: Path, name: str) -> None:
     """Renames a checkpoint, if it is there, so that it is none any more."""
     path = run_dir / FOLDER / name
     if path.exists():
-        path.rename(_free(path.with_name(DAMAGED + name)))
+        path.rename(work / name)
+        (work / name).rename(_free(path.with_name(DAMAGED + name)))
         sync_folder(path.parent)
 
 
@@ -244,29 +248,29 @@ def _free(path: Path) -> Path:
 
 
 # --- tidying up: goes on as far as it can, returns what went wrong ----------------------------------------------
-def remove_partials(run_dir: Path) -> list[str]:
-    """What an interrupted save or removal left behind."""
+def remove_partials(work: Path) -> list[str]:
+    """What a save or removal that failed left behind."""
     problems: list[str] = []
     with _noting(problems):
-        for path in (run_dir / FOLDER).glob(f"{PARTIAL}*"):
+        for path in work.glob("step-*"):
             with _noting(problems):
                 shutil.rmtree(path)
     return problems
 
 
-def settle(run_dir: Path, written: str, keep: int) -> list[str]:
+def settle(run_dir: Path, work: Path, written: str, keep: int) -> list[str]:
     """After a checkpoint is complete: it becomes durable, ``latest`` names it, and what is too old goes."""
     problems: list[str] = []
     unnamed: list[str] = []
     with _noting(problems):
         sync_folder(run_dir / FOLDER)  # else a loss of power might undo its rename: the old ones stay
         with _noting(unnamed):
-            name_latest(run_dir, written)
+            name_latest(run_dir, work, written)
         for checkpoint in _too_old(run_dir, written, keep):
             with _noting(problems):
-                _remove(checkpoint)
+                _remove(checkpoint, work)
         if unnamed:  # there may be room now
-            name_latest(run_dir, written)
+            name_latest(run_dir, work, written)
     return problems
 
 
@@ -283,8 +287,8 @@ def _too_old(run_dir: Path, written: str, keep: int) -> list[Path]:
     return too_old
 
 
-def _remove(checkpoint: Path) -> None:
-    going = _free(checkpoint.with_name(PARTIAL + checkpoint.name))  # at once no checkpoint any more, not file by file
+def _remove(checkpoint: Path, work: Path) -> None:
+    going = _free(work / checkpoint.name)  # at once no checkpoint any more, not file by file
     checkpoint.rename(going)
     shutil.rmtree(going)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import math
-import os
 import re
 import resource
 import socket
@@ -20,7 +19,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from asa_dist.asa.objective import FusedOutput, StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
@@ -28,6 +26,7 @@ from asa_dist.config import OptimizerConfig, TrainConfig
 from asa_dist.runtime.gradients import clip_by_part, no_update
 from asa_dist.runtime.model import PHI, XI, named_parts
 from asa_dist.runtime.nonfinite import count_nonfinite, find_nonfinite, skip_reason
+from asa_dist.runtime.rendezvous import open_store
 from asa_dist.runtime.theory import StepObserver
 from asa_dist.runtime.trunk import PSI, TrunkModel
 from asa_dist.udasa.objective import PairInputs
@@ -62,7 +61,7 @@ def join_process_group(placement: Placement, timeout_seconds: float) -> None:
         timeout=timeout,
         rank=placement.rank,
         world_size=placement.num_ranks,
-        store=_rendezvous(placement, timeout),
+        store=open_store("asa", placement.rank, placement.num_ranks, timeout.total_seconds()),
     )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if on_cuda else "gloo", verbose=False)
@@ -71,23 +70,6 @@ def join_process_group(placement: Placement, timeout_seconds: float) -> None:
 def _backend_timeout(placement: Placement, timeout_seconds: float) -> datetime.timedelta:
     """gloo raises at its time-out; NCCL aborts the process without a word, so there the watchdog has to come first."""
     return datetime.timedelta(seconds=timeout_seconds * (2 if placement.device.type == "cuda" else 1))
-
-
-def _rendezvous(placement: Placement, timeout: datetime.timedelta) -> PrefixStore:
-    """The launcher's store, or rank 0's own, listening on MASTER_ADDR alone: torch's default is every interface."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    launcher_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_server = placement.rank == 0 and not launcher_serves
-    listener = socket.create_server((host, port)) if is_server else None
-    store = TCPStore(
-        host,
-        port,
-        placement.num_ranks,
-        is_server,
-        timeout,
-        master_listen_fd=listener.detach() if listener is not None else None,
-    )
-    return PrefixStore("asa", store)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from asa_dist.runtime.checkpoint_files import sync_folder
 
 STEP_LOGS = ("metrics", "samples", "trained")  # rows with "step", in order: a resumed run writes them anew
 WITHOUT_GAPS = ("metrics", "trained")  # those of them with a row for every step
@@ -36,7 +39,7 @@ class RunLog:
         self._pending: deque[bytes] = deque()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._num_bytes = _whole_lines_bytes(path)  # of the lines that are written
-        self._is_torn = True  # whatever stands after them
+        self._is_torn = os.fstat(self._file).st_size > self._num_bytes
         self._is_closed = False
 
     def append(self, row: dict[str, Any]) -> OSError | None:
@@ -168,14 +171,18 @@ def read_events(run_dir: Path) -> Iterator[dict[str, Any]]:
         yield {"event": UNREADABLE, "line": number} if row is None else row
 
 
-def truncate_logs(run_dir: Path, step: int) -> None:
+def truncate_logs(run_dir: Path, step: int, work: Path) -> None:
     """Before a run goes on after ``step`` steps: cuts off later rows, and all that is damaged behind those needed.
 
     Of events, which stay, only torn lines. Rows stand in the order of their steps, so that cutting a file short does
-    it: it needs no room on a full disk, and if it is interrupted, the next time cuts at the same place.
+    it; if it is interrupted, the next time cuts at the same place. The logs are new files then: an earlier start that
+    still writes has the old ones open, and what it adds is nobody's.
+
+    Args:
+        work: folder in which they are made, this start's own (``ownership``).
 
     Raises:
-        OSError: a file cannot be read or cut.
+        OSError: a file cannot be read, or there is no room for a copy; then no file has been cut.
         ValueError: a line that is needed is damaged; names it. Then no file has been cut.
     """
     sizes = {}
@@ -187,7 +194,10 @@ def truncate_logs(run_dir: Path, step: int) -> None:
     if events.exists():
         sizes[events] = _whole_lines_bytes(events)
     for path, num_bytes in sizes.items():
-        _cut(path, num_bytes)
+        _copy(path, num_bytes, work / path.name)
+    for path in sizes:
+        (work / path.name).replace(path)
+    sync_folder(run_dir)
 
 
 def _needed_bytes(path: Path, step: int, has_every_step: bool) -> int:
@@ -208,7 +218,9 @@ def _needed_bytes(path: Path, step: int, has_every_step: bool) -> int:
     return num_bytes
 
 
-def _cut(path: Path, num_bytes: int) -> None:
-    with path.open("r+b") as file:
+def _copy(path: Path, num_bytes: int, copy: Path) -> None:
+    """Of the beginning of a file, durable."""
+    shutil.copyfile(path, copy)
+    with copy.open("r+b") as file:
         file.truncate(num_bytes)
         os.fsync(file.fileno())

@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 
 from asa_dist.config import CheckpointConfig
+from asa_dist.run_folder import taken_over_together
 from asa_dist.runtime.checkpoint import Checkpointer, SaveResult
-from asa_dist.runtime.checkpoint_files import CheckpointError, read_manifest
+from asa_dist.runtime.checkpoint_files import CheckpointError, list_checkpoints, read_manifest
 from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.model import PHI, PSI, XI
+from asa_dist.runtime.ownership import TakenOver
 from asa_dist.runtime.parameter_state import local_pieces
 from tests.distributed import tiny
 from tests.run_folders import flip_a_bit
@@ -65,9 +67,11 @@ def started(placement: Placement, case: Case, moved: bool = False, **changes: An
 
 
 def checkpointer(engine: TrainEngine, folder: Path, told: dict[str, str] | None = None) -> Checkpointer:
-    """Rank 0's notes the damaged ones in ``told``: name → what is wrong."""
+    """Of a start that takes over; rank 0's notes the damaged ones in ``told``: name → what is wrong."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ownership = taken_over_together(folder, engine.placement.rank)
     noted: dict[str, str] = {} if told is None else told
-    return Checkpointer(folder, CheckpointConfig(keep=3, timeout_seconds=60.0), engine, noted.__setitem__)
+    return Checkpointer(ownership, CheckpointConfig(keep=3, timeout_seconds=60.0), engine, noted.__setitem__)
 
 
 def folder_of(root: str, num_ranks: int, case: Case) -> Path:
@@ -212,6 +216,7 @@ def file_faults(placement: Placement, root: str) -> dict[str, Any]:
         "all damaged": all_damaged(placement, f"{root}/all damaged"),
         "full disk": full_disk(placement, f"{root}/full"),
         "untidy": untidy(placement, f"{root}/untidy"),
+        "taken over": taken_over(placement, f"{root}/taken over"),
     }
 
 
@@ -276,7 +281,8 @@ def full_disk(placement: Placement, root: str) -> dict[str, Any]:
                 seen[f"rank {rank}"] = writer.save(2, loop_state(2), None).reason
         seen["logs"] = writer.save(2, loop_state(2), None, before_commit=lambda: placement.rank != 0).reason
         dist.barrier()
-        seen["left"] = sorted(path.name for path in (Path(root) / "checkpoints").iterdir())
+        folders = Path(root) / "checkpoints", Path(root) / ".start-1"
+        seen["left"] = [sorted(path.name for path in folder.iterdir()) for folder in folders]
         seen["unharmed"] = same(before, state(engine))
         dist.barrier()
         later = writer.save(2, loop_state(2), None, before_commit=lambda: True)
@@ -291,7 +297,7 @@ def untidy(placement: Placement, root: str) -> tuple[SaveResult, int]:
         writer, folder = checkpointer(engine, Path(root)), Path(root) / "checkpoints"
         assert writer.save(1, loop_state(1), None).reason == ""
         if placement.rank == 0:
-            (folder / ".partial-step-00000002").write_text("no folder")
+            (Path(root) / ".start-1" / "step-00000002").write_text("no folder")
             (folder / "latest").unlink()
             (folder / "latest").mkdir()
         dist.barrier()
@@ -299,6 +305,48 @@ def untidy(placement: Placement, root: str) -> tuple[SaveResult, int]:
         loaded = writer.load()
         assert loaded is not None
     return result, loaded.step
+
+
+def taken_over(placement: Placement, root: str) -> dict[str, Any]:
+    """While a start writes its second checkpoint another one takes over and makes its own; then the first wakes up."""
+    seen: dict[str, Any] = {"said": []}
+    successors = []
+    with started(placement, FLOAT32) as engine:
+        zombie = checkpointer(engine, Path(root))
+        assert zombie.save(1, loop_state(1), None).ok
+
+        def another_start_comes() -> bool:
+            successor = checkpointer(engine, Path(root))
+            loaded = successor.load()
+            assert loaded is not None and loaded.step == 1
+            assert successor.save(2, loop_state(2), None).ok
+            successors.append(successor)
+            return True  # nothing keeps the zombie from its commit
+
+        for act in (
+            lambda: zombie.save(3, loop_state(3), None, before_commit=another_start_comes),
+            lambda: zombie.save(4, loop_state(4), None),
+            lambda: damaged_then_loaded(placement, root, zombie),
+        ):
+            try:
+                seen["said"].append(f"done: {act()}")
+            except TakenOver as error:
+                seen["said"].append(str(error))
+        seen["steps"] = [entry.step for entry in list_checkpoints(Path(root))]
+        dist.barrier()
+        assert successors[0].save(3, loop_state(3), None).ok
+        loaded = successors[0].load()
+        assert loaded is not None
+        seen["loaded"] = loaded.step
+    return seen
+
+
+def damaged_then_loaded(placement: Placement, root: str, zombie: Checkpointer) -> Any:
+    """What it would set aside is not its own any more."""
+    if placement.rank == 0:
+        DAMAGES["missing"](Path(root) / "checkpoints" / "step-00000002")
+    dist.barrier()
+    return zombie.load()
 
 
 @contextmanager

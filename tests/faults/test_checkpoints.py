@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from asa_dist.runtime.checkpoint_files import PARTIAL, list_checkpoints, list_set_aside, read_latest, verify
+from asa_dist.runtime.checkpoint_files import list_checkpoints, list_set_aside, read_latest, verify
 from tests.distributed import checkpoint_cases as cases
 from tests.distributed.ranks import run_on_ranks
 
@@ -89,10 +90,24 @@ def test_a_full_disk_leaves_the_previous_one_and_the_training_as_they_were(
             assert seen[f"rank {rank}"].startswith(f"rank {rank}: [Errno 27] File too large: "), seen
             assert f"rank-0000{rank}.safetensors" in seen[f"rank {rank}"]
         assert seen["logs"] == "rank 0: the run's own log files cannot be written"
-        assert seen["left"] == ["latest", "step-00000001"] and seen["unharmed"]
+        assert seen["left"] == [["latest", "step-00000001"], ["owner.json"]] and seen["unharmed"]
         assert seen["later"] == (True, "step-00000002", True)
         assert seen["losses"] == of_rank["undisturbed"][1:]
     assert [verify(entry.path) for entry in list_checkpoints(root / "full")] == [[], []]
+
+
+def test_a_start_that_has_been_replaced_changes_nothing_and_says_so(
+    outcomes: list[dict[str, Any]], root: Path
+) -> None:
+    """As after a partition: the job was requeued elsewhere, and the old ranks go on where they stood."""
+    for of_rank in outcomes:
+        seen = of_rank["taken over"]
+        for said in seen["said"]:
+            assert re.fullmatch(rf"another start of this run \(process \d+.*, on host .+\) took over {root}/taken over "
+                                r"at 20[\d:T+-]+; this one ends", said), seen
+        assert len(seen["said"]) == 3
+        assert seen["steps"] == [2, 1] and seen["loaded"] == 3
+    assert list_set_aside(root / "taken over") == []
 
 
 def test_kill_9_while_saving_leaves_the_previous_one(tmp_path: Path) -> None:
@@ -106,7 +121,7 @@ def test_kill_9_while_saving_leaves_the_previous_one(tmp_path: Path) -> None:
     per_rank = run_on_ranks(cases.after_the_kill, NUM_RANKS, [str(root) for root in roots])
     for of_rank in per_rank:
         assert of_rank == [(step, {float(step)}) for step in newest_steps], "a mixture, or not the newest"
-    assert not [path for root in roots for path in (root / "checkpoints").glob(f"{PARTIAL}*")]
+    assert not [path for root in roots for path in root.glob(".start-*/step-*")]
 
 
 def kill_while_saving(root: Path, rank: int) -> None:
@@ -128,7 +143,7 @@ def kill_while_saving(root: Path, rank: int) -> None:
 
 
 def is_writing(root: Path) -> bool:
-    return any((root / "checkpoints").glob(f"{PARTIAL}step-*/shards/*"))
+    return any(root.glob(".start-*/step-*/shards/*"))
 
 
 def stopped(process: psutil.Process) -> bool:

@@ -23,13 +23,21 @@ SHARD = "shards/rank-00000.safetensors"
 
 
 def write(run_dir: Path, step: int, content: bytes = b"weights", keep: int = 10) -> str:
-    assert files.remove_partials(run_dir) == []
-    folder = files.start_partial(run_dir, step)
+    work = work_of(run_dir)
+    assert files.remove_partials(work) == []
+    folder = files.start_partial(work, step)
     records = {name: files.write_file(folder / name, [content, b" and more"]) for name in (SHARD, files.LOOP)}
     manifest = Manifest(step, 1, 3, {"torch": "2"}, {"lm.weight": (4, 2), "lm.scale": ()}, records)
     name = files.complete(run_dir, folder, manifest)
-    assert files.settle(run_dir, name, keep) == []
+    assert files.settle(run_dir, work, name, keep) == []
     return name
+
+
+def work_of(run_dir: Path) -> Path:
+    """The folder of the start that writes."""
+    work = run_dir / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    return work
 
 
 def names(run_dir: Path) -> list[str]:
@@ -129,8 +137,8 @@ def test_the_one_just_written_stays_whatever_is_newer(tmp_path: Path) -> None:
 def test_what_is_set_aside_is_no_checkpoint_any_more(tmp_path: Path) -> None:
     write(tmp_path, 1)
     for content in (b"first", b"second"):
-        files.set_aside(tmp_path, write(tmp_path, 2, content))
-    files.set_aside(tmp_path, "step-00000009")  # was never there
+        files.set_aside(tmp_path, work_of(tmp_path), write(tmp_path, 2, content))
+    files.set_aside(tmp_path, work_of(tmp_path), "step-00000009")  # was never there
     assert names(tmp_path) == ["step-00000001"]
     assert files.list_set_aside(tmp_path) == ["damaged-step-00000002", "damaged-step-00000002-2"]
     kept = [(tmp_path / "checkpoints" / name / SHARD).read_bytes() for name in files.list_set_aside(tmp_path)]
@@ -152,14 +160,14 @@ def test_one_that_cannot_be_removed_stops_nothing(tmp_path: Path, monkeypatch: p
         write(tmp_path, step)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refusing(shutil.rmtree, "step-00000001"))
-        folder = files.start_partial(tmp_path, 3)
+        folder = files.start_partial(work_of(tmp_path), 3)
         name = files.complete(tmp_path, folder, Manifest(3, 1, 3, {}, {}, {}))
-        (problem,) = files.settle(tmp_path, name, keep=1)
+        (problem,) = files.settle(tmp_path, work_of(tmp_path), name, keep=1)
         assert "Directory not empty" in problem and "step-00000001" in problem
         assert names(tmp_path) == [name] and files.read_latest(tmp_path) == name
-        (problem,) = files.remove_partials(tmp_path)
+        (problem,) = files.remove_partials(work_of(tmp_path))
         assert "step-00000001" in problem
-    assert files.remove_partials(tmp_path) == []
+    assert files.remove_partials(work_of(tmp_path)) == [] and list(work_of(tmp_path).iterdir()) == []
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {name, "latest"}
 
 
@@ -173,13 +181,12 @@ def refusing(rmtree: Callable[[Path], None], name: str) -> Callable[[Path], None
 
 
 def test_the_same_step_again_beside_what_cannot_be_removed(tmp_path: Path) -> None:
-    stuck = [tmp_path / "checkpoints" / f".partial-step-00000001{suffix}" for suffix in ("", "-2")]
-    stuck[0].parent.mkdir()
-    for path in stuck:
-        path.write_text("no folder")
-    problems = files.remove_partials(tmp_path)
+    work = work_of(tmp_path)
+    for name in ("step-00000001", "step-00000001-2"):
+        (work / name).write_text("no folder")
+    problems = files.remove_partials(work)
     assert len(problems) == 2 and all("Not a directory" in problem for problem in problems)
-    folder = files.start_partial(tmp_path, 1)
+    folder = files.start_partial(work, 1)
     assert files.complete(tmp_path, folder, Manifest(1, 1, 3, {}, {}, {})) == "step-00000001"
 
 
@@ -188,8 +195,8 @@ def test_latest_that_cannot_be_written_stops_no_removal(tmp_path: Path) -> None:
     latest = tmp_path / "checkpoints" / "latest"
     latest.unlink()
     latest.mkdir()
-    name = files.complete(tmp_path, files.start_partial(tmp_path, 2), Manifest(2, 1, 3, {}, {}, {}))
-    (problem,) = files.settle(tmp_path, name, keep=1)
+    name = files.complete(tmp_path, files.start_partial(work_of(tmp_path), 2), Manifest(2, 1, 3, {}, {}, {}))
+    (problem,) = files.settle(tmp_path, work_of(tmp_path), name, keep=1)
     assert "Is a directory" in problem and names(tmp_path) == [name] and files.read_latest(tmp_path) is None
 
 
@@ -245,6 +252,7 @@ def test_killed_anywhere_a_sound_checkpoint_stands_and_latest_names_one(
         outcomes.add((newest.path / SHARD).read_bytes())
         write(run_dir, 3, keep=1)
         assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step-00000003", "latest"}, "left over"
+        assert list(work_of(run_dir).glob("step-*")) == [], "left over"
     assert outcomes == {b"old and more", b"new and more"} and number > 8
 
 

@@ -20,6 +20,14 @@ def write_lines(path: Path, *lines: str, torn: str = "") -> None:
     path.write_text("".join(f"{line}\n" for line in lines) + torn, encoding="utf-8")
 
 
+def cut(run_dir: Path, step: int) -> None:
+    """As a start does that has its own folder."""
+    work = run_dir / "work"
+    work.mkdir(exist_ok=True)
+    truncate_logs(run_dir, step, work)
+    assert list(work.iterdir()) == []
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return list(read_rows(path))
 
@@ -131,8 +139,8 @@ def test_a_damaged_line_that_is_needed_is_named(tmp_path: Path, damaged: str) ->
     before = (tmp_path / "metrics.jsonl").read_bytes()
     for read in (
         lambda: rows(path),
-        lambda: truncate_logs(tmp_path, 3),  # a needed row follows
-        lambda: truncate_logs(tmp_path, 2),  # it is that of step 2 itself
+        lambda: cut(tmp_path, 3),  # a needed row follows
+        lambda: cut(tmp_path, 2),  # it is that of step 2 itself
     ):
         with pytest.raises(ValueError, match=r"trained.jsonl, line 2: no JSON object$"):
             read()
@@ -144,13 +152,13 @@ def test_a_damaged_line_that_is_needed_is_named(tmp_path: Path, damaged: str) ->
 def test_what_is_damaged_behind_the_last_step_needed_is_cut_off(tmp_path: Path, name: str, damage: str) -> None:
     """A loss of power leaves it there: only what stood before a checkpoint is durable."""
     write_lines(tmp_path / f"{name}.jsonl", '{"step": 1}', '{"step": 2}', torn=damage)
-    truncate_logs(tmp_path, 2)
+    cut(tmp_path, 2)
     assert rows(tmp_path / f"{name}.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 def test_a_log_without_a_row_for_every_step(tmp_path: Path) -> None:
     write_lines(tmp_path / "samples.jsonl", '{"step": 1}', "{]", '{"step": 51}')
-    truncate_logs(tmp_path, 50)
+    cut(tmp_path, 50)
     assert rows(tmp_path / "samples.jsonl") == [{"step": 1}]
 
 
@@ -172,13 +180,13 @@ def test_later_rows_and_torn_lines_are_cut_and_events_stay(tmp_path: Path) -> No
     write_lines(tmp_path / "trained.jsonl", *steps[:2], torn='{"step": 2}')
     write_lines(tmp_path / "events.jsonl", '{"event": "started"}', '{"event": "checkpoint", "step": 9}', torn="{")
     for _ in range(2):
-        truncate_logs(tmp_path, 2)
+        cut(tmp_path, 2)
         assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 2]
         assert (tmp_path / "trained.jsonl").read_text(encoding="utf-8") == '{"step": 0}\n{"step": 1}\n'
         assert [row["event"] for row in rows(tmp_path / "events.jsonl")] == ["started", "checkpoint"]
         assert (tmp_path / "events.jsonl").read_bytes().endswith(b"9}\n")
     assert not (tmp_path / "samples.jsonl").exists()
-    truncate_logs(tmp_path, -1)
+    cut(tmp_path, -1)
     assert rows(tmp_path / "metrics.jsonl") == []
 
 

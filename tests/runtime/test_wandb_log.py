@@ -17,6 +17,7 @@ import torch
 from asa_dist.config import ConfigError, MetricsConfig
 from asa_dist.records import Prompt, RolloutGroup
 from asa_dist.runtime.metrics import ProgressLine, RunRecorder
+from asa_dist.runtime.ownership import take_over
 from asa_dist.runtime.run_log import truncate_logs
 from asa_dist.runtime.wandb_log import Follower, Mirror, check_wandb, sample_table
 from tests.runtime.test_metrics import decode, read, response, row
@@ -117,7 +118,7 @@ def test_an_offline_run_and_its_resumption(run_dir: Path, monkeypatch: pytest.Mo
         first.samples(step, [group], [{"self": torch.tensor([[0.5, step]])}], tau=0.25)
         first.metrics(row(step, rollout__mismatch_kl=float("nan")))
     first.close()
-    truncate_logs(run_dir, 2)
+    truncate_logs(run_dir, 2, take_over(run_dir).folder)
     second = recorder(run_dir, stream)
     second.event("resumed", step=2)
     second.metrics(row(3, loss__total=9.0))

@@ -1,0 +1,230 @@
+"""A Ray across hosts: `start` runs on every host as long as Ray does there, `wait` until all of them are there.
+
+    python -m asa_dist.rollout.ray_hosts start --head node0:20001 --num-cpus 8     on every host, by srun or ssh
+    python -m asa_dist.rollout.ray_hosts wait --head node0:20001 node0 node1       on one of them
+
+The environment is that of the whole cluster: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from asa_dist.rollout.cluster import ClusterError, connect, disconnect
+from asa_dist.runtime.stopping import EXIT_FAILED
+
+TEMP_FOLDER = "/tmp"  # not TMPDIR: the path of a socket is limited to 107 bytes, of which Ray needs 60
+LOCK = "lock"
+STOP_GRACE_SECONDS = 10.0
+POLL_SECONDS = 0.5
+ENVIRONMENT = {
+    # a lost host is noticed after 8 to 12 s, Ray's own settings take a minute; 5 s without network are survived
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_worker_niceness": "0",  # Ray's 15 would let the trainer starve the actors it waits for
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def own_address() -> str:
+    """This host's address, as the other hosts know it.
+
+    Raises:
+        ClusterError: its name leads nowhere, or back to itself.
+    """
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise ClusterError(f"host {host}: its own name has no address ({error}): add it to /etc/hosts") from None
+    if address.startswith("127."):
+        raise ClusterError(f"host {host}: its own name means {address}, where no other host reaches it: remove that "
+                           "line from its /etc/hosts, or give the address that the other hosts use")
+    return address
+
+
+def ray_gpus(num_gpus: int, gpus_per_host: int) -> list[str]:
+    """The last ``num_gpus`` of the host's GPUs; ranks take the first ones.
+
+    Raises:
+        ClusterError: what the launcher shows of this host's GPUs is not what the job was made for.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(index) for index in range(gpus_per_host)]
+    if len(gpus) != gpus_per_host:
+        raise ClusterError(f"host {socket.gethostname()}: the job is made for {gpus_per_host} GPUs per node, but here "
+                           f"CUDA_VISIBLE_DEVICES = {visible}: ask for as many GPUs as there are")
+    return gpus[gpus_per_host - num_gpus :]
+
+
+def start_command(options: argparse.Namespace, address: str, folder: str) -> list[str]:
+    """`ray start` for this host: the head's, if it is the head."""
+    head, _, port = options.head.rpartition(":")
+    is_head = socket.gethostbyname(head) == address
+    here = ["--head", f"--port={port}", "--include-dashboard=false"] if is_head else [f"--address={options.head}"]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *here, f"--node-ip-address={address}",
+            f"--num-cpus={options.num_cpus}", f"--num-gpus={options.num_gpus}", f"--temp-dir={folder}",
+            "--disable-usage-stats"]  # fmt: skip
+
+
+def _wait_for_head(options: argparse.Namespace, is_asked_to_end: Callable[[], bool] = lambda: False) -> None:
+    host, _, port = options.head.rpartition(":")
+    deadline = time.monotonic() + options.timeout_seconds
+    while not is_asked_to_end():
+        try:
+            return socket.create_connection((host, int(port)), timeout=5.0).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"host {socket.gethostname()}: no answer from Ray's head {options.head} within "
+                    f"{options.timeout_seconds:g} s: {error}. What does that host say? Is the port open to it?"
+                ) from None
+            time.sleep(POLL_SECONDS)
+
+
+def start(options: argparse.Namespace) -> None:
+    """Runs Ray on this host until asked to end (SIGTERM, SIGINT, SIGUSR1; with ``until_eof`` the end of stdin, too).
+
+    Its files are in a folder of its own, with mode 700, that goes with it.
+
+    Raises:
+        ClusterError: Ray did not start, or ended by itself; with the end of its log.
+    """
+    asked_to_end: list[int] = []  # noted, not raised: else a process that is just being started would be lost
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # srun passes on no other than the last
+        signal.signal(number, lambda number, _: asked_to_end.append(number))
+
+    def is_asked_to_end() -> bool:
+        return bool(asked_to_end) or (options.until_eof and _is_at_end_of_stdin())
+
+    address = own_address()
+    environment = os.environ | ENVIRONMENT
+    if options.gpus_per_host:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(ray_gpus(options.num_gpus, options.gpus_per_host))
+    if socket.gethostbyname(options.head.rpartition(":")[0]) != address:
+        _wait_for_head(options, is_asked_to_end)
+    remove_leftovers()
+    folder = tempfile.mkdtemp(prefix=f"{options.name}{_of_this_host()}", dir=TEMP_FOLDER)
+    log = Path(folder, "start.log")
+    ray: subprocess.Popen[bytes] | None = None
+    try:
+        fcntl.flock(os.open(Path(folder, LOCK), os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX)  # until this process ends
+        with log.open("wb") as output:
+            ray = subprocess.Popen(start_command(options, address, folder), stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=output, env=environment)  # fmt: skip
+        while ray.poll() is None and not is_asked_to_end():
+            time.sleep(POLL_SECONDS)
+        if is_asked_to_end():  # srun signals every process of a step: Ray may have ended already
+            return
+        raise ClusterError(f"host {socket.gethostname()}: Ray ended with {ray.returncode}. The end of its log:\n"
+                           + log.read_text(errors="replace")[-2000:])  # fmt: skip
+    finally:
+        if ray is not None:
+            _end(ray)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers() -> None:
+    """Folders of this user's earlier starts on this host that had no time to end, as SLURM gives them none."""
+    for folder in Path(TEMP_FOLDER).glob(f"asa-*{_of_this_host()}*"):
+        with contextlib.suppress(OSError), (folder / LOCK).open("rb") as lock:  # that of another user, or in use
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+
+
+def _of_this_host() -> str:
+    return f"-{socket.gethostname()[:12]}-"  # hosts may share even this folder
+
+
+def _is_at_end_of_stdin() -> bool:
+    return bool(select.select([0], [], [], 0)[0]) and not os.read(0, 4096)
+
+
+def _end(ray: subprocess.Popen[bytes]) -> None:
+    """Ray's processes end with the one that started them, even if that is killed."""
+    ray.terminate()
+    try:
+        ray.wait(STOP_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        ray.kill()
+        ray.wait()
+
+
+def wait(options: argparse.Namespace) -> None:
+    """Until every host is in this Ray; prints what Ray may use on each.
+
+    Raises:
+        ClusterError: the head does not answer, or a host is still missing at the deadline.
+    """
+    import ray
+
+    started = time.monotonic()
+    address_by_host = {host: socket.gethostbyname(host) for host in options.hosts}
+    _wait_for_head(options)
+    connect(options.head)
+    try:
+        while True:
+            nodes: dict[str, Any] = {node["NodeManagerAddress"]: node for node in ray.nodes() if node["Alive"]}
+            missing = [host for host, address in address_by_host.items() if address not in nodes]
+            if not missing:
+                break
+            if time.monotonic() - started > options.timeout_seconds:
+                raise ClusterError(f"no Ray on {', '.join(missing)} after {options.timeout_seconds:g} s, only on "
+                                   f"{len(nodes)} of {len(address_by_host)} hosts: is that host up, and does its name "
+                                   "lead to the others?")
+            time.sleep(POLL_SECONDS)
+    finally:
+        disconnect()
+    for host, address in address_by_host.items():
+        resources = nodes[address]["Resources"]
+        print(f"  Ray on {host} ({address}): {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m asa_dist.rollout.ray_hosts", description="A Ray across hosts.")
+    commands = parser.add_subparsers(required=True)
+    starting = commands.add_parser("start", help="run Ray on this host until asked to end")
+    starting.add_argument("--num-cpus", type=int, default=0, help="that actors may use here")
+    starting.add_argument("--num-gpus", type=int, default=0, help="that actors may use here: the last ones")
+    starting.add_argument("--gpus-per-host", type=int, default=0, help="those of trainer ranks, too")
+    starting.add_argument("--name", default="asa-hosts", help="first part of the temporary folder's name")
+    starting.add_argument("--until-eof", action="store_true", help="end when stdin does, too")
+    starting.set_defaults(action=start)
+    waiting = commands.add_parser("wait", help="until Ray is on all hosts")
+    waiting.add_argument("hosts", nargs="+", metavar="HOST")
+    waiting.set_defaults(action=wait)
+    for command in (starting, waiting):
+        command.add_argument("--head", required=True, metavar="HOST:PORT", help="where Ray's head is, or is to be")
+        command.add_argument("--timeout-seconds", type=float, default=120.0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 ended as asked, or all hosts are there; 1 with a message."""
+    options = parse_arguments(arguments)
+    try:
+        options.action(options)
+    except (ClusterError, socket.gaierror) as error:
+        print(f"asa: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

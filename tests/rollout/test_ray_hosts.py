@@ -1,0 +1,115 @@
+"""A Ray across hosts, as far as one host can tell: what a host refuses, and what it says. tests/cluster has several."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asa_dist.rollout import ray_hosts
+from asa_dist.rollout.cluster import ClusterError
+from asa_dist.rollout.ray_hosts import own_address, parse_arguments, ray_gpus, start_command
+
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize(("addresses", "message"), [
+    ({HOST: "127.0.1.1"}, f"host {HOST}: its own name means 127.0.1.1, where no other host reaches it"),
+    ({}, f"host {HOST}: its own name has no address"),
+])
+def test_a_host_that_others_do_not_reach(
+    monkeypatch: pytest.MonkeyPatch, addresses: dict[str, str], message: str
+) -> None:
+    def look_up(name: str) -> str:
+        if name not in addresses:
+            raise socket.gaierror(-2, "Name or service not known")
+        return addresses[name]
+
+    monkeypatch.setattr(socket, "gethostbyname", look_up)
+    with pytest.raises(ClusterError, match=message):
+        own_address()
+
+
+@pytest.mark.parametrize(("visible", "num_gpus", "expected"), [
+    (None, 3, ["5", "6", "7"]), (None, 0, []), ("8,9,a,b,c,d,e,f", 2, ["e", "f"])])
+def test_rollouts_have_the_last_gpus(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, num_gpus: int, expected: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert ray_gpus(num_gpus, 8) == expected
+
+
+def test_other_gpus_than_the_job_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ClusterError, match=r"made for 8 GPUs per node, but here CUDA_VISIBLE_DEVICES = 0,1: ask"):
+        ray_gpus(4, 8)
+
+
+def test_the_head_is_who_has_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostbyname", {"node0": "10.0.0.1", "node1": "10.0.0.2"}.__getitem__)
+    options = parse_arguments(["start", "--head", "node0:20001", "--num-cpus", "3", "--timeout-seconds", "0.1"])
+    command = start_command(options, "10.0.0.1", "/tmp/x")
+    assert {"--head", "--port=20001", "--node-ip-address=10.0.0.1", "--num-cpus=3", "--temp-dir=/tmp/x"} <= {*command}
+    command = start_command(options, "10.0.0.2", "/tmp/x")
+    assert "--address=node0:20001" in command and "--head" not in command
+
+
+def test_a_head_that_does_not_answer() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        ended = subprocess.run(
+            [sys.executable, "-m", "asa_dist.rollout.ray_hosts", "wait", "--head", f"localhost:{port}",
+             "--timeout-seconds", "0.1", "localhost"],
+            text=True, capture_output=True, timeout=60, check=False)  # fmt: skip
+    assert ended.returncode == 1
+    assert f"no answer from Ray's head localhost:{port} within 0.1 s" in ended.stderr
+
+
+@pytest.mark.parametrize("how", ["eof", "signal"])
+def test_it_ends_with_its_starter_and_leaves_nothing(tmp_path: Path, how: str) -> None:
+    """`ray start` is replaced by a sleep: what is tested is its surroundings."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import sys\nfrom asa_dist.rollout import ray_hosts\n"
+        "ray_hosts.own_address = lambda: '10.0.0.1'\n"
+        "def command(options, address, folder):\n    print(folder, flush=True)\n    return ['sleep', '100']\n"
+        "ray_hosts.start_command = command\n"
+        "ray_hosts.socket.gethostbyname = lambda name: '10.0.0.1'\n"
+        "sys.exit(ray_hosts.main(['start', '--head', 'x:1', '--until-eof', '--name', 'asa-test']))\n",
+        encoding="utf-8")  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    folder = Path(process.stdout.readline().strip())
+    assert folder.parent == Path(ray_hosts.TEMP_FOLDER) and folder.stat().st_mode & 0o777 == 0o700
+    assert folder.name.startswith("asa-test-")
+    if how == "eof":
+        process.stdin.close()
+    else:
+        process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 0
+    assert not folder.exists()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_what_earlier_starts_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_hosts, "TEMP_FOLDER", str(tmp_path))
+    here = HOST[:12]
+    for name in (f"asa-1-0-{here}-left", f"asa-2-0-{here}-used", f"asa-1-0-x{here}x-elsewhere", f"mine-{here}-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    with (tmp_path / f"asa-2-0-{here}-used/lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ray_hosts.remove_leftovers()
+    assert {path.name.rpartition("-")[2] for path in tmp_path.iterdir()} == {"used", "elsewhere", "x"}

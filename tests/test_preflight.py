@@ -1,0 +1,91 @@
+"""The preflight's verdict: two ranks of one host for real, and what hosts differ in, by hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from asa_dist.launcher import free_port
+from asa_dist.runtime.host_facts import HostFacts, look, odd_clocks, odd_versions, too_full, unseen
+
+DEADLINE_SECONDS = 100
+VERSIONS = dict.fromkeys(look(Path("/"), "").versions, "1.0")
+FACTS = [HostFacts(f"node{number}", f"10.0.0.{number}", VERSIONS, 10**12, []) for number in range(3)]
+
+
+# --- between hosts ------------------------------------------------------------------------------------------------
+def test_another_version_is_named_with_its_host() -> None:
+    assert odd_versions(FACTS) == []
+    odd = replace(FACTS[1], versions=VERSIONS | {"torch": "0.9", "ray": ""})
+    assert [problem.partition(": install")[0] for problem in odd_versions([FACTS[0], odd, odd, odd, FACTS[2]])] == [
+        "node1: torch 0.9, other hosts have 1.0", "node1: ray is not installed, other hosts have 1.0"]  # fmt: skip
+
+
+def test_a_full_disk_is_named() -> None:
+    [problem] = too_full([FACTS[0], replace(FACTS[1], free_bytes=999_999_999), replace(FACTS[2], free_bytes=-1)], 10**9)
+    assert problem.startswith("node1: the disk of the run folder has 1.0 GB left, a checkpoint needs about 1.0 GB")
+
+
+def test_a_clock_that_is_off() -> None:
+    assert odd_clocks({"node0": 100.0, "node1": 104.9}) == []
+    [problem] = odd_clocks({"node0": 100.0, "node1": 40.0, "node2": 100.1})
+    assert problem.startswith("node1: its clock is -60.0 s off")
+
+
+def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
+    facts = look(tmp_path, ".probe")
+    assert unseen(tmp_path, ".probe", [facts.host]) == []
+    [problem] = unseen(tmp_path, ".probe", [facts.host, "node7"])
+    assert problem.startswith("node7: what it writes to ")
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    facts = look(tmp_path / "missing", ".probe")
+    assert facts.free_bytes == -1 and "cannot be written to: No such file or directory" in facts.problems[-1]
+
+
+# --- ranks --------------------------------------------------------------------------------------------------------
+def start(rank: int, port: int, *options: str) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ASA_TRAINER_HOSTS": "node0 node1", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "asa_dist.preflight", *options], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)  # fmt: skip
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    return process.returncode, out, err
+
+
+def test_two_ranks_get_the_same_verdict(tmp_path: Path) -> None:
+    port = free_port()
+    processes = [start(rank, port, "--run-dir", str(tmp_path)) for rank in range(2)]
+    (code, out, _), (other_code, other_out, _) = map(outcome, processes)
+    assert "  all-reduce: gloo, 2 ranks" in out and "  clocks: within" in out and "  versions: python " in out
+    loopback_only = "its own name means 127." in out  # this machine's own name may be known to itself alone
+    assert code == other_code == (1 if loopback_only else 0)
+    assert ("NOT ready, 1 problem," if loopback_only else "preflight: ready, after") in out and other_out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    code, _, err = outcome(start(0, free_port(), "--run-dir", str(tmp_path), "--timeout-seconds", "5"))
+    assert code == 1 and "rank 1 (node1) did not come within 5 s; there are: rank 0 (" in err
+
+
+def test_a_port_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    code, _, err = outcome(start(1, free_port(), "--run-dir", str(tmp_path), "--timeout-seconds", "3"))
+    assert code == 1 and "does not reach rank 0 at 127.0.0.1:" in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "cannot be written to" in look(tmp_path, ".probe").problems[-1]
