@@ -225,8 +225,10 @@ def _resume_udasa(run_dir: Path, options: argparse.Namespace, *stages: Stage) ->
 def udasa_command(options: argparse.Namespace) -> int:
     from asa_dist.config import ConfigError, load_config
 
-    target = options.target
+    target, count = options.target, getattr(options, "show", None)
     if target.is_dir():
+        if count and not options.overrides and _show_pairs(target, count):
+            return 0  # whoever works on the run
         code = _resume_udasa(target, options, options.stage)
     else:
         config = load_config(target, _overrides(options, target))
@@ -234,14 +236,24 @@ def udasa_command(options: argparse.Namespace) -> int:
             raise ConfigError(f"{target}: method = {config.method!r}: asa udasa is for method udasa")
         target = _new_run_dir(options, target)
         code = _run(config, target, str(options.target), options, resume=False, stages=(options.stage,))
-    if code == 0 and getattr(options, "show", None) and not options.dry_run:
-        from asa_dist.rounds import newest_round
-        from asa_dist.runtime.pair_files import read_pairs
-        from asa_dist.udasa.pair_text import show_pairs
-
-        made = read_pairs(newest_round(target))
-        print(show_pairs(made.pairs, made.stage_by_id, options.show))
+    if code == 0 and count and not options.dry_run:
+        _show_pairs(target, count)
     return code
+
+
+def _show_pairs(run_dir: Path, count: int) -> bool:
+    """Of the newest round; False: it has none yet."""
+    from asa_dist.rounds import newest_round
+    from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.pair_files import read_pairs
+    from asa_dist.udasa.pair_text import show_pairs
+
+    try:
+        made = read_pairs(newest_round(run_dir))
+    except DataError:
+        return False
+    print(show_pairs(made.pairs, made.stage_by_id, count))
+    return True
 
 
 def _run(

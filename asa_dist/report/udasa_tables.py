@@ -68,6 +68,8 @@ def _note_on_kl(run: RunFiles, stages: list[Stage]) -> str:
         "KL(reference‖model) without bias if these were fresh samples of the reference; they are responses from before "
         "training, two of each prompt's, selected by their uncertainty. "
     )
+    if (temperature := run.setting("rollout.temperature")) != 1:
+        text += f"They were sampled at temperature {temperature}, which biases it, too. "
     trained = in_turn(stages)
     if run.setting("udasa.dpo.reference") == "base":
         text += "The reference (base) is the model that wrote them, so only that selection biases it. "

@@ -149,6 +149,14 @@ def test_what_the_kl_is_of(tmp_path: Path, udasa: dict[str, Any], said: str) -> 
     assert f"As a penalty, 0.05 times this, it is part of the loss of stage {last}, the last one." in text
 
 
+def test_a_temperature_biases_the_kl_too(tmp_path: Path) -> None:
+    folder = write_round(tmp_path / "run", "paired")
+    assert "They were sampled at temperature" not in report(folder).text
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("temperature: 1.0", "temperature: 0.7"))
+    assert "They were sampled at temperature 0.7, which biases it, too" in report(folder).text
+
+
 # --- what page.js draws -----------------------------------------------------------------------------------------
 def test_heldout_lines_break_between_stages(tmp_path: Path) -> None:
     data = report(write_round(tmp_path / "run", "trained")).data
