@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"asa: {error}", file=sys.stderr)
             return EXIT_BAD_CONFIG
         except (RolloutFailure, ClusterError, EstimatorError, OSError) as error:
-            print(f"asa: measuring failed: {error}; what is measured is kept", file=sys.stderr)
+            print(f"asa: {error}", file=sys.stderr)
             return EXIT_FAILED
     return 0
 

@@ -20,7 +20,7 @@ from typing import Literal
 from asa_dist.config import Config, ConfigError
 from asa_dist.config_text import read_tree
 from asa_dist.resume import config_path
-from asa_dist.runtime.checkpoint_files import LOOP, newest_whole
+from asa_dist.runtime.checkpoint_files import LOOP, newest_whole, verify_files
 from asa_dist.runtime.measurements import MEASURED, RESPONSES
 
 Stage = Literal["measure", "pairs", "train"]
@@ -67,12 +67,13 @@ class Round:
     def _is_paired(self, config: Config) -> bool:
         """With the thresholds of the config: before the first step of training others may be tried."""
         from asa_dist.runtime.data.errors import DataError
-        from asa_dist.runtime.pair_files import read_summary
+        from asa_dist.runtime.pair_files import PAIRS, read_summary
 
         try:
-            return read_summary(self.folder).curriculum == paired_as(config)
+            made = read_summary(self.folder)
         except DataError:
             return False
+        return made.curriculum == paired_as(config) and not verify_files(self.folder, {PAIRS: made.parquet})
 
     @property
     def has_trained(self) -> bool:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from asa_dist.config import Config, build_config, dump_config
+from asa_dist.pairing import pair_round
 from asa_dist.records import MeasuredPrompt, unmeasured
 from asa_dist.rounds import Round
 from asa_dist.runtime.measurements import MeasurementFiles
 from asa_dist.udasa.curriculum import StagePlan, plan_curriculum
 from asa_dist.udasa.uncertainty import fuse
-from asa_dist.udasa_run import pair_round
 from tests.run_folders import write_checkpoint, write_rows
 
 SEED = 5

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from asa_dist.config import load_config
+from asa_dist.pairing import pair_round
 from asa_dist.report.markup import number
 from asa_dist.report.run_files import read_run
 from asa_dist.report.udasa_examples import SHOWN_PAIRS, examples
@@ -17,7 +18,6 @@ from asa_dist.report.udasa_round import read_round
 from asa_dist.rounds import Round
 from asa_dist.runtime.pair_files import PAIRS, SUMMARY, read_pairs, read_summary
 from asa_dist.runtime.run_lock import hold_run_folder
-from asa_dist.udasa_run import pair_round
 from tests.report.report_rounds import ALL_DONE, event, write_round
 from tests.report.report_runs import EVIL
 from tests.report.test_page import Page, report
