@@ -280,6 +280,11 @@ class StopOnSignal(SignalCatcher):
         self._is_launching = self._has_ended = False
         self._group: int | None = None  # the launcher's process group, while any of it may be alive
 
+    @property
+    def was_asked(self) -> bool:
+        """Whether a signal has come, whatever became of it."""
+        return self._num_received > 0
+
     def run(
         self, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int], *,
         ends_with_us: bool = False,

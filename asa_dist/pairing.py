@@ -34,9 +34,13 @@ def pair_round(found: Round, config: Config) -> RoundPairs:
         ) from None
     if not made.pairs:
         reasons = Counter(made.unpaired.values())
+        listed = "; ".join(f"{count} because {NO_PAIR_REASONS[reason]}" for reason, count in reasons.items())
+        way_on = "start a new run with other prompts, or a higher rollout.temperature"
+        if found.index:
+            way_on = f"the model before is whole: asa resume {found.run_dir} udasa.rounds={found.index} ends with it"
         raise ConfigError(
             f"{found.folder}: none of {len(made.unpaired)} prompts gave a pair, so there is nothing to train on: "
-            + "; ".join(f"{count} because {NO_PAIR_REASONS[reason]}" for reason, count in reasons.items())
+            f"{listed}; {way_on}"
         )
     curriculum = config.udasa.curriculum
     delta_P = np.array([pair.delta_u for pair in made.pairs])
@@ -58,6 +62,7 @@ def _provenance(config: Config) -> dict[str, str]:
     """Where the pairs come from: what generated them, and how they were measured, as JSON."""
     measured = config.udasa.model_dump(mode="json", include={"sampling", "uncertainties", "fusion", "semantic",
                                                              "factual", "value"})  # fmt: skip
+    del measured["value"]["url"]  # it may name a user
     sampling = config.rollout.model_dump(mode="json", include={
         "responses_per_prompt", "temperature", "top_p", "top_k", "min_p", "max_new_tokens"})  # fmt: skip
     return {"model": str(config.model.name_or_path), "prompt_file": str(config.rollout.prompt_file),

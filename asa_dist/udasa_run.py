@@ -57,8 +57,12 @@ def describe(config: Config) -> str:
     )
 
 
-def check(config: Config) -> int:
-    """Finds what is wrong without reading weights; gives the number of parameters. Raises as :func:`describe`."""
+def check(config: Config, *, measures: bool = True) -> int:
+    """Finds what is wrong without reading weights; gives the number of parameters. Raises as :func:`describe`.
+
+    Args:
+        measures: responses are to be measured; else estimators are not looked at.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -72,9 +76,10 @@ def check(config: Config) -> int:
     name = str(config.model.name_or_path)
     tokenizer = load_pretrained_tokenizer(name)
     trunk = trunk_config(config.model, len(tokenizer), tokenizer.eos_token_id, config.data.sequence_length)
-    check_estimators(config.udasa, Path(name))
     _check_weights(Path(name))
-    read_prompt_file(Path(str(config.rollout.prompt_file)))
+    if measures:
+        check_estimators(config.udasa, Path(name))
+        read_prompt_file(Path(str(config.rollout.prompt_file)))
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(trunk, trust_remote_code=False)
         return count_parameters(PreferenceModel(lm, config.model.logprob_chunk_tokens))["psi"]
@@ -86,15 +91,19 @@ def _check_weights(folder: Path) -> None:
         raise ConfigError(f"model.name_or_path = {str(folder)!r}: the folder holds no weights (model*.safetensors)")
 
 
-def assign_gpus(config: Config, origin: str) -> GpuAssignment:
-    """The stages come one after the other, so they may have the same GPUs. ``origin``: the config's name in messages.
+def assign_gpus(config: Config, origin: str, stages: Collection[Stage] = STAGES) -> GpuAssignment:
+    """The stages come one after the other, so they may have the same GPUs.
+
+    Args:
+        origin: the config's name in messages.
+        stages: that are to be done.
 
     Raises:
         ConfigError: fewer GPUs than asked for.
     """
     rollout, udasa = config.rollout, config.udasa
     to_measure = rollout.workers * rollout.gpus_per_worker + udasa.scorers * udasa.gpus_per_scorer
-    needed = max(config.train.gpus, to_measure)
+    needed = max(config.train.gpus if "train" in stages else 0, to_measure if "measure" in stages else 0)
     devices = visible_gpus() if needed else []
     if len(devices) < needed:
         raise ConfigError(
@@ -123,7 +132,9 @@ def run_training(
         ConfigError, DataError, ModelError: before anything starts; a stage whose predecessor has not been done; a file
         that cannot be written.
     """
-    check(config)
+    missing = [found for found in rounds_of(config, run_dir) if not found.result.exists()]
+    if missing and set(stages) != {"pairs"}:
+        check(missing[0].config(config), measures="measure" in stages)
     with hold_run_folder(run_dir) as lock, _said_for_people(run_dir):
         _prepare(config, run_dir, resume)
         run = _UdasaRun(config, run_dir, gpus, lock, started_at)
@@ -209,7 +220,7 @@ class _UdasaRun:
         with StopOnSignal(found.folder, "what is measured is kept") as stop:
             environment = {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus.rollout)}
             code = stop.run(command, environment, lock, ends_with_us=True)
-        if code == 0 and found.is_done("measure", config):
+        if code == 0 and found.is_done("measure", config) and not stop.was_asked:
             return None
         return self._end(code, stop.killed_by, found, "what was measured is kept")
 
@@ -230,26 +241,29 @@ class _UdasaRun:
         from asa_dist.run_folder import prepare_round
         from asa_dist.runtime.checkpoint_files import list_checkpoints
 
-        if not found.is_trained():
+        was_asked = False
+        if (step := found.last_step()) is None:
             is_resumed = found.has_trained or bool(list_checkpoints(found.folder))
             prepare_round(config, found.folder)
             command = launcher_command(config, self._gpus, found.folder, is_resumed, self._started_at)
             with StopOnSignal(found.folder) as stop:
                 code = stop.run(command, rank_environment(config), lock, ends_with_us=True)
-            if code != 0 or not found.is_trained():
+            if code != 0 or (step := found.last_step()) is None:
                 if stop.killed_by is None:
                     write_report_or_warn(found.folder)
                 return report_end(code, stop.killed_by, found.folder, None, self._run_dir)
-        self._export(found)
+            was_asked = stop.was_asked  # behind the last step: what is left of the round is done all the same
+        self._export(found, step)
         write_report_or_warn(found.folder)
-        return None
+        is_last = found.index + 1 == self._config.udasa.rounds
+        return None if is_last or not was_asked else self._end(0, None, found, f"its model is {found.result}")
 
-    def _export(self, found: Round) -> None:
+    def _export(self, found: Round, step: int) -> None:
         from asa_dist.evaluation.export import export_run
 
         for left in found.folder.glob(f".{RESULT}.*"):  # by an export that was killed
             shutil.rmtree(left)
-        export_run(found.folder, found.result, "float32", None, lambda message: None)
+        export_run(found.folder, found.result, "float32", step, lambda message: None)
         print(f"{found.name}: trained: {found.result}", flush=True)
 
     def _end(self, code: int, killed_by: int | None, found: Round, kept: str) -> int:

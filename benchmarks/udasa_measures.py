@@ -49,7 +49,8 @@ def round_measures(world: World, folder: Path) -> dict[str, Any]:
         ``stages``: in the order in which they were trained, for each ``stage`` (1 = clearest), ``pairs``, ``steps``,
         and ``right``, ``wrong``: share of its pairs of which only the chosen, only the rejected response is true.
     """
-    measured = MeasurementFiles(folder).measured()
+    measured = [prompt for prompt in MeasurementFiles(folder).measured()
+                if all(response.u_total is not None for response in prompt.responses)]  # fmt: skip
     truth = Truth(world)
     truth_PN = np.array([[truth.of(prompt.prompt, response.text) for response in prompt.responses]
                          for prompt in measured])  # fmt: skip

@@ -93,6 +93,24 @@ def test_a_config_of_the_other_method(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "method = 'asa': asa udasa is for method udasa" in capsys.readouterr().err
 
 
+def test_a_run_of_the_other_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("method: asa\n", encoding="utf-8")
+    assert main(["udasa", "train", str(tmp_path)]) == 2
+    assert "method = 'asa': asa udasa is for method udasa" in capsys.readouterr().err
+
+
+def test_one_round_is_not_a_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or a run would begin within it."""
+    one = tmp_path / "round-1"
+    one.mkdir()
+    for folder in (tmp_path, one):
+        shutil.copy(world, folder / "config.yaml")
+    for command in (["resume"], ["udasa", "train"]):
+        assert main([*command, str(one)]) == 2
+        assert f"is one round of a run: what goes on is the run: asa resume {tmp_path}" in capsys.readouterr().err
+    assert [path.name for path in one.iterdir()] == ["config.yaml"]
+
+
 @pytest.mark.parametrize("stage", ["pairs", "train"])
 def test_a_stage_before_its_predecessor(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
@@ -105,7 +123,7 @@ def test_a_stage_before_its_predecessor(
 def test_no_prompt_is_short_enough(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["udasa", "train", str(world), "rollout.max_prompt_tokens=1", "--run-dir", str(tmp_path)]) == 2
     capsys.readouterr()
-    assert measure.main([str(tmp_path)]) == 2
+    assert measure.main([str(tmp_path), "--policy-version", "0"]) == 2
     assert "none of its 8 prompts can be used: prompt 0 is longer than rollout.max_prompt_tokens 1" in (
         capsys.readouterr().err)
 

@@ -33,7 +33,10 @@ class MeasurementFiles:
     def __init__(self, round_folder: Path) -> None:
         self.folder = round_folder
         self.responses = _read(round_folder / RESPONSES, _prompt_of)
-        self.uncertainties: dict[int, dict[str, list[float | None]]] = _read(round_folder / UNCERTAINTY, _values_of)
+        found = _read(round_folder / UNCERTAINTY, _values_of)
+        # whatever responses they were of: those that will come instead are measured anew
+        self.uncertainties: dict[int, dict[str, list[float | None]]] = {
+            prompt_id: values for prompt_id, values in found.items() if prompt_id in self.responses}
 
     def counts(self) -> dict[str, int]:
         """Prompts, responses, how many of these are empty, and how many have an uncertainty that is unknown."""

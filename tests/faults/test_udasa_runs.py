@@ -18,6 +18,8 @@ import pyarrow.parquet
 import pytest
 
 from asa_dist.cli import main
+from asa_dist.rounds import Round
+from asa_dist.runtime.checkpoint_files import list_checkpoints
 from tests.real_run import DEADLINE_SECONDS
 from tests.run_folders import flip_a_bit
 from tests.udasa_runs import PROMPTS, UdasaRun, write_world
@@ -170,6 +172,15 @@ def test_killed_during_the_export(
     assert f"finished: {run.run_dir}" in capsys.readouterr().out
     assert_trained_alike(run, undisturbed)
     assert not half.exists()
+
+
+def test_a_damaged_last_checkpoint_gives_no_result(undisturbed: UdasaRun, tmp_path: Path) -> None:
+    """An older one would be passed off as the trained model."""
+    run = copy_of(undisturbed, tmp_path)
+    last = list_checkpoints(run.run_dir / "round-1")[0]
+    assert Round(run.run_dir, 0).last_step() == last.step
+    flip_a_bit(next((last.path / "shards").iterdir()))
+    assert Round(run.run_dir, 0).last_step() is None
 
 
 def test_what_cannot_change_any_more(

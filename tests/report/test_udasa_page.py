@@ -149,12 +149,18 @@ def test_what_the_kl_is_of(tmp_path: Path, udasa: dict[str, Any], said: str) -> 
     assert f"As a penalty, 0.05 times this, it is part of the loss of stage {last}, the last one." in text
 
 
-def test_a_temperature_biases_the_kl_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("setting", "changed", "said"), [
+    ("temperature: 1.0", "temperature: 0.7", "They were sampled at temperature 0.7, which biases it, too"),
+    ("top_p: 1.0", "top_p: 0.9", "They were cut by top_p = 0.9, which"),
+    ("sampling: independent", "sampling: one_prompt", "They were asked for all at once, behind another prompt, which"),
+])  # fmt: skip
+def test_other_sampling_biases_the_kl_too(tmp_path: Path, setting: str, changed: str, said: str) -> None:
     folder = write_round(tmp_path / "run", "paired")
-    assert "They were sampled at temperature" not in report(folder).text
+    assert "which biases it, too" not in report(folder).text
     config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("temperature: 1.0", "temperature: 0.7"))
-    assert "They were sampled at temperature 0.7, which biases it, too" in report(folder).text
+    assert setting in config.read_text()
+    config.write_text(config.read_text().replace(setting, changed))
+    assert said in report(folder).text
 
 
 # --- what page.js draws -----------------------------------------------------------------------------------------

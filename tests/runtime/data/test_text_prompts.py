@@ -31,7 +31,7 @@ def rollout(folder: Path, lines: list[str], **settings: int) -> RolloutConfig:
 
 
 def test_ids_count_prompts_and_long_ones_are_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    prompts, left_out = read_text_prompts(tokenizer, rollout(tmp_path, LINES), None, one_prompt=False)
+    prompts, left_out = read_text_prompts(tokenizer, rollout(tmp_path, LINES), None)
     assert [(prompt.prompt_id, prompt.text) for prompt in prompts] == [(0, LINES[0]), (2, LINES[3])]
     assert left_out == {1: "longer than rollout.max_prompt_tokens 20"}
     assert [tokenizer.decode(prompt.token_ids) for prompt in prompts] == [LINES[0], LINES[3]]
@@ -39,25 +39,35 @@ def test_ids_count_prompts_and_long_ones_are_left_out(tmp_path: Path, tokenizer:
 
 
 def test_only_the_first_ones(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    prompts, left_out = read_text_prompts(tokenizer, rollout(tmp_path, LINES), 1, one_prompt=False)
+    prompts, left_out = read_text_prompts(tokenizer, rollout(tmp_path, LINES), 1)
     assert [prompt.prompt_id for prompt in prompts] == [0] and left_out == {}
 
 
 def test_nothing_is_left(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     short = rollout(tmp_path, LINES, min_prompt_tokens=1, max_prompt_tokens=2)
     with pytest.raises(DataError, match=r"prompts.txt: none of its 3 prompts can be used: prompt 0 is longer than"):
-        read_text_prompts(tokenizer, short, None, one_prompt=False)
+        read_text_prompts(tokenizer, short, None)
 
 
 def test_the_instruction_names_question_and_number_and_may_be_long(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     settings = rollout(tmp_path, LINES, responses_per_prompt=5)
-    [first, _], _ = read_text_prompts(tokenizer, settings, None, one_prompt=True)
+    [first, _], _ = read_text_prompts(tokenizer, settings, None, max_instruction_tokens=1000)
     assert first.instruction_token_ids is not None and len(first.instruction_token_ids) > 20
     said = tokenizer.decode(first.instruction_token_ids)
     assert "5 distinct responses" in said and said.endswith(f"Question: {LINES[0]}")
     assert tokenizer.decode(first.token_ids) == LINES[0]  # what is trained on stands behind the prompt itself
+
+
+def test_an_instruction_without_room_is_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    settings = rollout(tmp_path, LINES, responses_per_prompt=5)
+    [_, last], _ = read_text_prompts(tokenizer, settings, None, max_instruction_tokens=1000)
+    assert last.instruction_token_ids is not None
+    room = len(last.instruction_token_ids)
+    prompts, left_out = read_text_prompts(tokenizer, settings, None, max_instruction_tokens=room)
+    assert [prompt.prompt_id for prompt in prompts] == [2]
+    assert left_out[0].endswith(f"beside as many answers the model has room for {room}")
 
 
 def test_a_chat_template_puts_the_prompt_into_a_turn(tokenizer: PreTrainedTokenizerBase) -> None:
