@@ -117,7 +117,7 @@ def _open_files(kind: Callable[[Path], Any], folder: Path) -> Any:
 @contextmanager
 def _ray(config: Config, address: str | None) -> Iterator[None]:
     """Connected; without an address to a Ray of its own, which ends with it."""
-    from asa_dist.rollout.cluster import connect, disconnect, start_local_ray
+    from asa_dist.rollout.cluster import connection, start_local_ray
     from asa_dist.rollout.measuring import measuring_resources
 
     handle = None
@@ -126,13 +126,8 @@ def _ray(config: Config, address: str | None) -> Iterator[None]:
         handle = start_local_ray(needed["CPU"], needed["GPU"], OBJECT_STORE_BYTES)
         os.environ.update(handle.environment)
         address = handle.address
-    try:
-        connect(address)
+    with connection(address, handle):
         yield
-    finally:
-        disconnect()
-        if handle is not None:
-            handle.stop()
 
 
 def _told(name: str, details: dict[str, Any]) -> str:
