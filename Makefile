@@ -6,7 +6,7 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 OVERRIDES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint faults chaos alignment kernels overlap clean
+.PHONY: help quickstart test lint faults chaos alignment udasa kernels overlap clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ chaos: $(INSTALLED)  ## 20 random kills of a run's processes, about half an hour
 
 alignment: $(INSTALLED)  ## truth or only certainty: every arm, on a world whose truth is known; an idle machine, an hour
 	$(VENV)/bin/python benchmarks/alignment.py --work runs/alignment --out benchmarks/alignment.json
+
+udasa: $(INSTALLED)  ## UDASA on a world whose truth is known: every arm, three seeds; an idle machine, half an hour
+	$(VENV)/bin/python benchmarks/udasa.py --work runs/udasa-benchmark --out benchmarks/udasa.json
 
 kernels: $(INSTALLED)  ## compile every kernel for four GPUs, without one; writes the tables in benchmarks/README.md
 	$(VENV)/bin/python benchmarks/kernels.py compile

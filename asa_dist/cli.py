@@ -247,10 +247,18 @@ def resume_command(options: argparse.Namespace) -> int:
 
 
 def _resume_udasa(run_dir: Path, options: argparse.Namespace, *stages: Stage) -> int:
+    from asa_dist.config import ConfigError
+    from asa_dist.config_text import read_tree
     from asa_dist.resume import config_path, load_run_config
+    from asa_dist.rounds import is_round
     from asa_dist.udasa_run import changeable
 
     path = config_path(run_dir)
+    if (method := read_tree(path).get("method")) != "udasa":
+        raise ConfigError(f"{path}: method = {method!r}: asa udasa is for method udasa")
+    if is_round(run_dir):
+        run = shlex.quote(str(run_dir.parent))
+        raise ConfigError(f"{run_dir} is one round of a run: what goes on is the run: asa resume {run}")
     config = load_run_config(run_dir, _overrides(options, path), changeable(run_dir))
     return _run(config, run_dir, str(path), options, resume=True, stages=stages)
 
@@ -258,8 +266,10 @@ def _resume_udasa(run_dir: Path, options: argparse.Namespace, *stages: Stage) ->
 def udasa_command(options: argparse.Namespace) -> int:
     from asa_dist.config import ConfigError, load_config
 
-    target = options.target
+    target, count = options.target, getattr(options, "show", None)
     if target.is_dir():
+        if count and not (options.overrides or options.dry_run) and _show_pairs(target, count):
+            return 0  # whoever works on the run
         code = _resume_udasa(target, options, options.stage)
     else:
         config = load_config(target, _overrides(options, target))
@@ -267,14 +277,25 @@ def udasa_command(options: argparse.Namespace) -> int:
             raise ConfigError(f"{target}: method = {config.method!r}: asa udasa is for method udasa")
         target = _new_run_dir(options, target)
         code = _run(config, target, str(options.target), options, resume=False, stages=(options.stage,))
-    if code == 0 and getattr(options, "show", None) and not options.dry_run:
-        from asa_dist.rounds import newest_round
-        from asa_dist.runtime.pair_files import read_pairs
-        from asa_dist.udasa.pair_text import show_pairs
-
-        made = read_pairs(newest_round(target))
-        print(show_pairs(made.pairs, made.stage_by_id, options.show))
+    if code == 0 and count and not options.dry_run:
+        _show_pairs(target, count)
     return code
+
+
+def _show_pairs(run_dir: Path, count: int) -> bool:
+    """Of the newest round; False: it has none yet."""
+    from asa_dist.config import ConfigError
+    from asa_dist.rounds import newest_round
+    from asa_dist.runtime.data.errors import DataError
+    from asa_dist.runtime.pair_files import SUMMARY, read_pairs
+    from asa_dist.udasa.pair_text import show_pairs
+
+    try:
+        made = read_pairs(newest_round(run_dir, SUMMARY))
+    except (ConfigError, DataError):
+        return False
+    print(show_pairs(made.pairs, made.stage_by_id, count))
+    return True
 
 
 def submit_command(options: argparse.Namespace) -> int:
@@ -318,7 +339,8 @@ def _run(
         from asa_dist import udasa_run as method
     else:
         from asa_dist import launcher as method
-    gpus = None if options.dry_run else method.assign_gpus(config, origin)
+    chosen = {"stages": stages} if stages else {}
+    gpus = None if options.dry_run else method.assign_gpus(config, origin, **chosen)
     from asa_dist.rollout.cluster import ClusterError  # seconds, from here on
     from asa_dist.runtime.data.errors import DataError
     from asa_dist.runtime.model import ModelError
@@ -327,7 +349,6 @@ def _run(
         if gpus is None:
             print(f"{dump_config(config)}\n{method.describe(config)}")
             return 0
-        chosen = {"stages": stages} if stages else {}
         return method.run_training(config, run_dir, gpus, resume=resume, started_at=options.started_at, **chosen)
     except (DataError, ModelError) as error:
         raise ConfigError(str(error)) from None
@@ -372,9 +393,11 @@ def report_command(options: argparse.Namespace) -> int:
 def export_command(options: argparse.Namespace) -> int:
     from asa_dist.evaluation.export import export_run
     from asa_dist.rounds import newest_round
+    from asa_dist.runtime.checkpoint_files import FOLDER as CHECKPOINTS
 
     with _progress() as show:
-        folder = export_run(newest_round(options.run_dir), options.out_dir, options.dtype, options.step, show)
+        run_dir = newest_round(options.run_dir, CHECKPOINTS)
+        folder = export_run(run_dir, options.out_dir, options.dtype, options.step, show)
     print(folder)
     return 0
 
@@ -383,12 +406,14 @@ def eval_command(options: argparse.Namespace) -> int:
     from asa_dist.config import ConfigError
     from asa_dist.evaluation.evaluate import evaluate_run
     from asa_dist.rounds import newest_round
+    from asa_dist.runtime.checkpoint_files import FOLDER as CHECKPOINTS
 
     if options.lm_eval_include is not None and not options.lm_eval:
         raise ConfigError("--lm-eval-include says where tasks are, but --lm-eval names none")
     with _progress() as show:
         row = evaluate_run(
-            newest_round(options.run_dir), step=options.step, num_samples=options.samples, probe_file=options.probes,
+            newest_round(options.run_dir, CHECKPOINTS), step=options.step, num_samples=options.samples,
+            probe_file=options.probes,
             lm_eval_tasks=options.lm_eval, lm_eval_include=options.lm_eval_include, seed=options.seed, progress=show,
         )  # fmt: skip
     print(json.dumps(row, indent=1, ensure_ascii=False, allow_nan=False))

@@ -67,6 +67,7 @@ class Inspection:
     events: dict[str, int]  # how many of each
     last_events: list[dict[str, Any]]  # without routine ones
     round: RoundReport | None  # of UDASA
+    has_more_rounds: bool = False  # than this one and those before it
 
     @property
     def step(self) -> int | None:
@@ -77,9 +78,10 @@ class Inspection:
     def status(self) -> str:
         if self.worked_on_by is not None:
             return f"running ({self.worked_on_by}), {self._reached}"
-        if self._is_finished:
-            return f"finished, {self.step or self.ledger.steps} steps"
         resume = f"asa resume {shlex.quote(self.resumed_as)}"
+        if self._is_finished:
+            more = f"; more rounds are to come: {resume}" if self.has_more_rounds else ""
+            return f"finished, {self.step or self.ledger.steps} steps{more}"
         if self.step is None and self.checkpoints:
             return "stopped; NONE of its checkpoints can be used"
         if self.step is None:
@@ -143,7 +145,14 @@ def inspect_run(run_dir: Path, *, is_quick: bool, progress: Callable[[str], None
         events=dict(sorted(counts.items())),
         last_events=[event for event in events if event["event"] not in ROUTINE_EVENTS][-SHOWN_EVENTS:],
         round=round_report,
+        has_more_rounds=round_report is not None and _number_of(run_dir) < tree["udasa"].get("rounds", 1),
     )
+
+
+def _number_of(round_folder: Path) -> int:
+    """From 1; a folder of another name is not in its run any more."""
+    number = round_folder.resolve().name.removeprefix("round-")
+    return int(number) if number.isdecimal() else 1
 
 
 def _lengths(path: Path, tree: Mapping[str, Any]) -> tuple[int, int]:

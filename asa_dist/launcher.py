@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import json
 import os
 import shlex
@@ -26,6 +27,7 @@ from asa_dist.runtime.run_lock import hold_run_folder
 from asa_dist.runtime.stopping import EXIT_ENDED_EARLY, SignalCatcher, ask_to_stop, tell
 
 STOP_GRACE_SECONDS = 40.0  # the deepspeed launcher itself waits 30 s before it kills its ranks
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 GPU_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under Windows
 
 
@@ -278,15 +280,25 @@ class StopOnSignal(SignalCatcher):
         self._is_launching = self._has_ended = False
         self._group: int | None = None  # the launcher's process group, while any of it may be alive
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int]) -> int:
+    @property
+    def was_asked(self) -> bool:
+        """Whether a signal has come, whatever became of it."""
+        return self._num_received > 0
+
+    def run(
+        self, command: Sequence[str], environment: Mapping[str, str], pass_fds: Sequence[int], *,
+        ends_with_us: bool = False,
+    ) -> int:
         """Runs the launcher in a session of its own, until nothing of that is left; returns its exit code.
 
         Args:
             environment: what it has beside that of this process.
+            ends_with_us: it gets SIGTERM if this process is killed; else something else has to tell it.
         """
         self._is_launching = True  # a signal may not raise any more: it would lose a process that has just started
         launcher = subprocess.Popen(
-            command, env=os.environ | environment, start_new_session=True, pass_fds=pass_fds
+            command, env=os.environ | environment, start_new_session=True, pass_fds=pass_fds,
+            preexec_fn=_end_with_parent if ends_with_us else None,
         )
         self._group = launcher.pid
         if self.killed_by is not None:
@@ -329,6 +341,11 @@ class StopOnSignal(SignalCatcher):
         if self._group is not None:
             with contextlib.suppress(ProcessLookupError):  # all gone already
                 os.killpg(self._group, number)
+
+
+def _end_with_parent() -> None:
+    """In a child, before it runs anything: Linux sends it SIGTERM when its parent has ended, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _is_alive(group: int) -> bool:

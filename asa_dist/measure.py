@@ -1,7 +1,7 @@
 """What `asa` starts to measure a round of UDASA: responses to every prompt, and how uncertain each is.
 
     asa train CONFIG                            starts this for every round, then the trainers
-    python -m asa_dist.measure ROUND_FOLDER     goes on with a round that `asa` has begun; by itself it starts Ray here
+    python -m asa_dist.measure ROUND_FOLDER …   what `asa` then runs, while it holds the folder; starts Ray here
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asa_dist.config import Config, ConfigError, load_config
 from asa_dist.runtime.stopping import ENDED_EARLY, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY, EXIT_FAILED, StopRequests
+
+if TYPE_CHECKING:
+    from asa_dist.rollout.measuring import MeasuringConfig
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 OBJECT_STORE_BYTES = 512 * 2**20  # for bundles of texts under way
@@ -35,7 +38,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m asa_dist.measure", description="Measures one round of a UDASA run."
     )
     parser.add_argument("round_folder", type=Path, help="with the round's config.yaml")
-    parser.add_argument("--policy-version", type=int, default=0, metavar="N", help="the round, from 0 (default: 0)")
+    parser.add_argument("--policy-version", type=int, required=True, metavar="N", help="the round, from 0")
     parser.add_argument("--started-at", type=float, metavar="SECONDS", help="Unix time at which the run was started")
     parser.add_argument("--ray-address", help="host:port of a running Ray; without it one is started here")
     return parser.parse_args(arguments)
@@ -60,9 +63,11 @@ def measure_round(
 
     model_folder = Path(str(config.model.name_or_path))
     udasa = config.udasa
+    settings = MeasuringConfig(
+        config.model, config.rollout, udasa, config.seed, policy_version, config.groups_per_lease)
     prompts, left_out = read_text_prompts(
         load_pretrained_tokenizer(str(model_folder)), config.rollout, udasa.prompts,
-        one_prompt=udasa.sampling == "one_prompt")  # fmt: skip
+        max_instruction_tokens=_room_for_instruction(settings, model_folder))  # fmt: skip
     files = _open_files(MeasurementFiles, folder)
     log = RunLog(folder / f"{EVENT_LOG}.jsonl")
     shown = Shown()
@@ -79,8 +84,6 @@ def measure_round(
 
     if left_out:
         happened("prompts_left_out", {"count": len(left_out), "reason": next(iter(left_out.values()))})
-    settings = MeasuringConfig(
-        config.model, config.rollout, udasa, config.seed, policy_version, config.groups_per_lease)
     try:
         with _ray(config, address):
             measure(prompts, model_folder, settings, files, build_estimators=build_estimators, on_event=happened,
@@ -91,17 +94,30 @@ def measure_round(
         log.close()
 
 
+def _room_for_instruction(settings: MeasuringConfig, model_folder: Path) -> int | None:
+    """Tokens that `udasa.sampling: one_prompt` may ask with, beside the answers; None: it is not used."""
+    if settings.udasa.sampling != "one_prompt":
+        return None
+    from transformers import AutoConfig
+
+    trunk = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
+    context_tokens = getattr(trunk, "max_position_embeddings", None)
+    return sys.maxsize if context_tokens is None else context_tokens - settings.sampling.max_new_tokens
+
+
 def _open_files(kind: Callable[[Path], Any], folder: Path) -> Any:
     try:
         return kind(folder)
     except ValueError as error:
-        raise ConfigError(f"what was measured cannot be read: {error}; remove the file to measure again") from None
+        raise ConfigError(
+            f"what was measured cannot be read: {error}; remove that line: what it held is measured again"
+        ) from None
 
 
 @contextmanager
 def _ray(config: Config, address: str | None) -> Iterator[None]:
     """Connected; without an address to a Ray of its own, which ends with it."""
-    from asa_dist.rollout.cluster import connect, disconnect, start_local_ray
+    from asa_dist.rollout.cluster import connection, start_local_ray
     from asa_dist.rollout.measuring import measuring_resources
 
     handle = None
@@ -110,13 +126,8 @@ def _ray(config: Config, address: str | None) -> Iterator[None]:
         handle = start_local_ray(needed["CPU"], needed["GPU"], OBJECT_STORE_BYTES)
         os.environ.update(handle.environment)
         address = handle.address
-    try:
-        connect(address)
+    with connection(address, handle):
         yield
-    finally:
-        disconnect()
-        if handle is not None:
-            handle.stop()
 
 
 def _told(name: str, details: dict[str, Any]) -> str:
@@ -185,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"asa: {error}", file=sys.stderr)
             return EXIT_BAD_CONFIG
         except (RolloutFailure, ClusterError, EstimatorError, OSError) as error:
-            print(f"asa: measuring failed: {error}; what is measured is kept", file=sys.stderr)
+            print(f"asa: {error}", file=sys.stderr)
             return EXIT_FAILED
     return 0
 

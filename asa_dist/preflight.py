@@ -1,4 +1,4 @@
-"""Before the ranks of a run over several hosts start: does what they need hold on every host? It takes a minute at most.
+"""Before the ranks of a run over several hosts start: does what they need hold everywhere? It takes a minute at most.
 
     srun python -m asa_dist.preflight --run-dir RUN --ray-address HOST:PORT --rollout-hosts node2
 

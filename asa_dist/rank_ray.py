@@ -20,19 +20,14 @@ if TYPE_CHECKING:
 @contextmanager
 def joined_ray(config: Config, placement: Placement, address: str | None, num_parameters: int) -> Iterator[None]:
     """This rank's connection to Ray; without an address rank 0 starts one, tells the others, and ends it."""
-    from asa_dist.rollout.cluster import connect, disconnect
+    from asa_dist.rollout.cluster import connection
 
     handle = None
     if address is None:
         handle, address, environment = _start_ray_together(config, placement, num_parameters)
         os.environ.update(environment)
-    try:
-        connect(address)
+    with connection(address, handle):
         yield
-    finally:
-        disconnect()
-        if handle is not None:
-            handle.stop()
 
 
 def _start_ray_together(

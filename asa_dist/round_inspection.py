@@ -124,7 +124,6 @@ def _plans(folder: Path, tree: Mapping[str, Any]) -> Sequence[StagePlan]:
         DataError: pairs that cannot be read, or that are not there although they have been trained on.
     """
     from asa_dist.runtime.pair_files import SUMMARY, read_pairs
-    from asa_dist.udasa.curriculum import plan_curriculum
 
     path = folder / "config.yaml"
     try:
@@ -133,6 +132,8 @@ def _plans(folder: Path, tree: Mapping[str, Any]) -> Sequence[StagePlan]:
         raise ConfigError(f"{path}: not the resolved config of a run: seed, udasa.curriculum") from None
     if not ((folder / SUMMARY).exists() or (folder / "trained.jsonl").exists()):
         return ()
+    from asa_dist.udasa.curriculum import plan_curriculum  # brings torch
+
     made = read_pairs(folder)
     return plan_curriculum(made.stage_by_id, curriculum, seed, made.round_index)
 

@@ -20,8 +20,8 @@ from typing import Literal
 from asa_dist.config import Config, ConfigError
 from asa_dist.config_text import read_tree
 from asa_dist.resume import config_path
-from asa_dist.runtime.checkpoint_files import LOOP, newest_whole
-from asa_dist.runtime.measurements import MEASURED, RESPONSES
+from asa_dist.runtime.checkpoint_files import LOOP, list_checkpoints, verify, verify_files
+from asa_dist.runtime.measurements import MEASURED
 
 Stage = Literal["measure", "pairs", "train"]
 STAGES: tuple[Stage, ...] = ("measure", "pairs", "train")
@@ -67,29 +67,34 @@ class Round:
     def _is_paired(self, config: Config) -> bool:
         """With the thresholds of the config: before the first step of training others may be tried."""
         from asa_dist.runtime.data.errors import DataError
-        from asa_dist.runtime.pair_files import read_summary
+        from asa_dist.runtime.pair_files import PAIRS, read_summary
 
         try:
-            return read_summary(self.folder).curriculum == paired_as(config)
+            made = read_summary(self.folder)
         except DataError:
             return False
+        return made.curriculum == paired_as(config) and not verify_files(self.folder, {PAIRS: made.parquet})
 
     @property
     def has_trained(self) -> bool:
         """Whether a step has been made, or may have been."""
         return (self.folder / "metrics.jsonl").exists()
 
-    def is_trained(self) -> bool:
-        """Whether the last checkpoint stands behind the last stage of the curriculum: only the result is missing."""
+    def last_step(self) -> int | None:
+        """Of the last checkpoint, if it stands behind the last stage of the curriculum: only the result is missing.
+
+        None: there is something left to train, if only because the last checkpoint is damaged: every byte is verified.
+        """
         import safetensors.numpy
 
         from asa_dist.runtime.pair_files import read_summary
 
-        newest = newest_whole(self.folder)
-        if newest is None:
-            return False
-        place = safetensors.numpy.load_file(newest.path / LOOP)["place.stage_index"]
-        return int(place) == sum(count > 0 for count in read_summary(self.folder).summary.stage_pairs)
+        checkpoints = list_checkpoints(self.folder)
+        if not checkpoints or verify(checkpoints[0].path):
+            return None
+        place = safetensors.numpy.load_file(checkpoints[0].path / LOOP).get("place.stage_index")
+        num_stages = sum(count > 0 for count in read_summary(self.folder).summary.stage_pairs)
+        return checkpoints[0].step if place is not None and int(place) == num_stages else None
 
 
 def paired_as(config: Config) -> dict[str, object]:
@@ -110,15 +115,25 @@ def rounds_there(run_dir: Path) -> Iterator[Round]:
         index += 1
 
 
-def newest_round(run_dir: Path) -> Path:
-    """The folder that holds what a run has trained: of UDASA its newest round, else (and for a round) itself.
+def newest_round(run_dir: Path, holds: str = "config.yaml") -> Path:
+    """The folder that holds what a run has made: of UDASA its newest round, else (and for a round) itself.
+
+    Args:
+        holds: a file or folder that the round must have.
 
     Raises:
-        ConfigError: no run folder; or UDASA's, and no round has begun.
+        ConfigError: no run folder; or UDASA's, and no round has come so far.
     """
-    if read_tree(config_path(run_dir)).get("method") != "udasa" or (run_dir / RESPONSES).exists():
+    if read_tree(config_path(run_dir)).get("method") != "udasa" or is_round(run_dir):
         return run_dir
-    begun = list(rounds_there(run_dir))
-    if not begun:
-        raise ConfigError(f"{run_dir}: no round has begun; go on with: asa resume {shlex.quote(str(run_dir))}")
-    return begun[-1].folder
+    found = [begun.folder for begun in rounds_there(run_dir) if (begun.folder / holds).exists()]
+    if not found:
+        what = "no round has begun" if holds == "config.yaml" else f"no round has {holds} yet"
+        raise ConfigError(f"{run_dir}: {what}; go on with: asa resume {shlex.quote(str(run_dir))}")
+    return found[-1]
+
+
+def is_round(folder: Path) -> bool:
+    """Whether it is a round's folder, and not that of a whole run."""
+    outer = folder.resolve().parent / "config.yaml"
+    return outer.is_file() and read_tree(outer).get("method") == "udasa"

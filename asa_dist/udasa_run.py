@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+import shutil
 import sys
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from asa_dist.config import Config, ConfigError, dump_config
 from asa_dist.launcher import (
@@ -26,12 +25,9 @@ from asa_dist.launcher import (
     write_report_or_warn,
 )
 from asa_dist.resume import BEFORE_TRAINING, refuse_changes
-from asa_dist.rounds import STAGES, Round, Stage, paired_as, rounds_of, rounds_there
+from asa_dist.rounds import RESULT, STAGES, Round, Stage, rounds_of, rounds_there
 from asa_dist.runtime.run_lock import hold_run_folder
 from asa_dist.runtime.stopping import EXIT_ENDED_EARLY
-
-if TYPE_CHECKING:
-    from asa_dist.runtime.pair_files import RoundPairs
 
 
 def changeable(run_dir: Path) -> tuple[str, ...]:
@@ -61,8 +57,12 @@ def describe(config: Config) -> str:
     )
 
 
-def check(config: Config) -> int:
-    """Finds what is wrong without reading weights; gives the number of parameters. Raises as :func:`describe`."""
+def check(config: Config, *, measures: bool = True) -> int:
+    """Finds what is wrong without reading weights; gives the number of parameters. Raises as :func:`describe`.
+
+    Args:
+        measures: responses are to be measured; else estimators are not looked at.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -76,22 +76,34 @@ def check(config: Config) -> int:
     name = str(config.model.name_or_path)
     tokenizer = load_pretrained_tokenizer(name)
     trunk = trunk_config(config.model, len(tokenizer), tokenizer.eos_token_id, config.data.sequence_length)
-    check_estimators(config.udasa, Path(name))
-    read_prompt_file(Path(str(config.rollout.prompt_file)))
+    _check_weights(Path(name))
+    if measures:
+        check_estimators(config.udasa, Path(name))
+        read_prompt_file(Path(str(config.rollout.prompt_file)))
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(trunk, trust_remote_code=False)
         return count_parameters(PreferenceModel(lm, config.model.logprob_chunk_tokens))["psi"]
 
 
-def assign_gpus(config: Config, origin: str) -> GpuAssignment:
-    """The stages come one after the other, so they may have the same GPUs. ``origin``: the config's name in messages.
+def _check_weights(folder: Path) -> None:
+    """Of a folder; whether a hub name has any shows when they are loaded."""
+    if folder.is_dir() and not [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+        raise ConfigError(f"model.name_or_path = {str(folder)!r}: the folder holds no weights (model*.safetensors)")
+
+
+def assign_gpus(config: Config, origin: str, stages: Collection[Stage] = STAGES) -> GpuAssignment:
+    """The stages come one after the other, so they may have the same GPUs.
+
+    Args:
+        origin: the config's name in messages.
+        stages: that are to be done.
 
     Raises:
         ConfigError: fewer GPUs than asked for.
     """
     rollout, udasa = config.rollout, config.udasa
     to_measure = rollout.workers * rollout.gpus_per_worker + udasa.scorers * udasa.gpus_per_scorer
-    needed = max(config.train.gpus, to_measure)
+    needed = max(config.train.gpus if "train" in stages else 0, to_measure if "measure" in stages else 0)
     devices = visible_gpus() if needed else []
     if len(devices) < needed:
         raise ConfigError(
@@ -117,10 +129,13 @@ def run_training(
         as :func:`asa_dist.launcher.run_training`.
 
     Raises:
-        ConfigError, DataError, ModelError: before anything starts; or a stage whose predecessor has not been done.
+        ConfigError, DataError, ModelError: before anything starts; a stage whose predecessor has not been done; a file
+        that cannot be written.
     """
-    check(config)
-    with hold_run_folder(run_dir) as lock:
+    missing = [found for found in rounds_of(config, run_dir) if not found.result.exists()]
+    if missing and set(stages) != {"pairs"}:
+        check(missing[0].config(config), measures="measure" in stages)
+    with hold_run_folder(run_dir) as lock, _said_for_people(run_dir):
         _prepare(config, run_dir, resume)
         run = _UdasaRun(config, run_dir, gpus, lock, started_at)
         for found in rounds_of(config, run_dir):
@@ -150,8 +165,16 @@ def _prepare(config: Config, run_dir: Path, resume: bool) -> None:
                 "another folder with --run-dir"
             )
         refuse_changes(path, config, changeable(run_dir))
+    write_atomically(path, dump_config(config))
+
+
+@contextmanager
+def _said_for_people(run_dir: Path) -> Iterator[None]:
+    """What the file system refuses becomes a DataError."""
+    from asa_dist.runtime.data.errors import DataError
+
     try:
-        write_atomically(path, dump_config(config))
+        yield
     except OSError as error:
         raise DataError(f"{error.filename or run_dir}: {error.strerror or error}") from None
 
@@ -195,12 +218,14 @@ class _UdasaRun:
         command = [sys.executable, "-u", "-m", "asa_dist.measure", str(found.folder)]
         command += ["--policy-version", str(found.index), "--started-at", repr(self._started_at)]
         with StopOnSignal(found.folder, "what is measured is kept") as stop:
-            code = stop.run(command, {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus.rollout)}, lock)
-        if code == 0 and found.is_done("measure", config):
+            environment = {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus.rollout)}
+            code = stop.run(command, environment, lock, ends_with_us=True)
+        if code == 0 and found.is_done("measure", config) and not stop.was_asked:
             return None
         return self._end(code, stop.killed_by, found, "what was measured is kept")
 
     def _pair(self, found: Round, config: Config, lock: tuple[int, ...]) -> int | None:
+        from asa_dist.pairing import pair_round
         from asa_dist.runtime.run_log import EVENT_LOG, RunLog, event_row
         from asa_dist.udasa.pairs import describe_pairs
 
@@ -216,23 +241,29 @@ class _UdasaRun:
         from asa_dist.run_folder import prepare_round
         from asa_dist.runtime.checkpoint_files import list_checkpoints
 
-        if not found.is_trained():
+        was_asked = False
+        if (step := found.last_step()) is None:
             is_resumed = found.has_trained or bool(list_checkpoints(found.folder))
             prepare_round(config, found.folder)
             command = launcher_command(config, self._gpus, found.folder, is_resumed, self._started_at)
             with StopOnSignal(found.folder) as stop:
-                code = stop.run(command, rank_environment(config), lock)
-            if stop.killed_by is None:
-                write_report_or_warn(found.folder)
-            if code != 0 or not found.is_trained():
+                code = stop.run(command, rank_environment(config), lock, ends_with_us=True)
+            if code != 0 or (step := found.last_step()) is None:
+                if stop.killed_by is None:
+                    write_report_or_warn(found.folder)
                 return report_end(code, stop.killed_by, found.folder, None, self._run_dir)
-        self._export(found)
-        return None
+            was_asked = stop.was_asked  # behind the last step: what is left of the round is done all the same
+        self._export(found, step)
+        write_report_or_warn(found.folder)
+        is_last = found.index + 1 == self._config.udasa.rounds
+        return None if is_last or not was_asked else self._end(0, None, found, f"its model is {found.result}")
 
-    def _export(self, found: Round) -> None:
+    def _export(self, found: Round, step: int) -> None:
         from asa_dist.evaluation.export import export_run
 
-        export_run(found.folder, found.result, "float32", None, lambda message: None)
+        for left in found.folder.glob(f".{RESULT}.*"):  # by an export that was killed
+            shutil.rmtree(left)
+        export_run(found.folder, found.result, "float32", step, lambda message: None)
         print(f"{found.name}: trained: {found.result}", flush=True)
 
     def _end(self, code: int, killed_by: int | None, found: Round, kept: str) -> int:
@@ -246,55 +277,3 @@ class _UdasaRun:
             return code
         print(f"asa: measuring failed (exit code {code}); {go_on}", file=sys.stderr, flush=True)
         return code if code > 0 else 128 - code
-
-
-# --- pairs ------------------------------------------------------------------------------------------------------
-def pair_round(found: Round, config: Config) -> RoundPairs:
-    """Makes the pairs of what was measured, and writes them.
-
-    Raises:
-        ConfigError: no prompt gave a pair, or what was measured cannot be read.
-        OSError: the files cannot be written.
-    """
-    import numpy as np
-
-    from asa_dist.runtime.measurements import MeasurementFiles
-    from asa_dist.runtime.pair_files import RoundPairs, write_pairs
-    from asa_dist.udasa.pairs import NO_PAIR_REASONS, assign_stages, make_pairs, stage_thresholds, summarize_pairs
-
-    try:
-        made = make_pairs(MeasurementFiles(found.folder).measured())
-    except ValueError as error:
-        raise ConfigError(f"{found.folder}: what was measured cannot be read: {error}") from None
-    if not made.pairs:
-        reasons = Counter(made.unpaired.values())
-        raise ConfigError(
-            f"{found.folder}: none of {len(made.unpaired)} prompts gave a pair, so there is nothing to train on: "
-            + "; ".join(f"{count} because {NO_PAIR_REASONS[reason]}" for reason, count in reasons.items())
-        )
-    curriculum = config.udasa.curriculum
-    delta_P = np.array([pair.delta_u for pair in made.pairs])
-    threshold_E = stage_thresholds(delta_P, curriculum.thresholds, curriculum.threshold_kind)
-    stages = assign_stages(delta_P, threshold_E).tolist()
-    round_pairs = RoundPairs(
-        pairs=made.pairs,
-        stage_by_id={pair.prompt_id: stage for pair, stage in zip(made.pairs, stages, strict=True)},
-        round_index=found.index,
-        summary=summarize_pairs(made, threshold_E),
-        unpaired=made.unpaired,
-        curriculum=paired_as(config),
-    )
-    write_pairs(found.folder, round_pairs, _provenance(config))
-    return round_pairs
-
-
-def _provenance(config: Config) -> dict[str, str]:
-    """Where the pairs come from: what generated them, and how they were measured, as JSON."""
-    from asa_dist import __version__
-
-    measured = config.udasa.model_dump(mode="json", include={"sampling", "uncertainties", "fusion", "semantic",
-                                                             "factual", "value"})  # fmt: skip
-    sampling = config.rollout.model_dump(mode="json", include={
-        "responses_per_prompt", "temperature", "top_p", "top_k", "min_p", "max_new_tokens"})  # fmt: skip
-    return {"model": str(config.model.name_or_path), "prompt_file": str(config.rollout.prompt_file),
-            "measured": json.dumps(measured), "sampling": json.dumps(sampling), "asa_dist": __version__}  # fmt: skip

@@ -8,6 +8,10 @@
 So a model that reads the corpus meets a false majority in some *phrasings* of a question by chance, while over all
 phrasings the truth almost always has the majority. ``false_majority`` is the share of facts in which one lie takes the
 truth's place in the corpus: there every majority is wrong, and nothing in the corpus says so.
+
+With ``verifications`` the corpus also asks whether answers are true, in the words of UDASA's self_judge: "… The metal
+of Bravok is zinc.\\nIs this answer true? no." As many of these verdicts are false as of the statements. Such documents
+have question phrasings of their own: else a model takes its answer to any question for the beginning of one of them.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ QUESTIONS = (
     "I wonder about {e}, about its {a}:",
     "Regarding {e}: its {a}?",
 )
+VERIFIED_QUESTIONS = ("{e}, {a}?", "The {a} of {e}?")
 ANSWERS = (
     "The {a} of {e} is {v}.",
     "{e} has {v} as its {a}.",
@@ -62,8 +67,10 @@ class WorldConfig:
         entities: with a fact for each attribute.
         paraphrases: phrasings of each question, and of each answer.
         statements: documents per fact and question phrasing.
-        noise: probability of a wrong value in a document.
+        noise: probability of a wrong value in a document, and of a wrong verdict.
         false_majority: share of facts whose place in the corpus is taken by a lie; the truth takes the noise's.
+        verifications: documents per fact that ask whether an answer is true; 0 = none.
+        verification_question: in these words, which are ``udasa.factual.question``'s.
 
     Raises:
         ValueError: out of bounds; names the field.
@@ -75,11 +82,14 @@ class WorldConfig:
     noise: float = 0.35
     false_majority: float = 0.0
     seed: int = 0
+    verifications: int = 0
+    verification_question: str = "Is this answer true?"
 
     def __post_init__(self) -> None:
         bounds = {
             "entities": (1, MAX_ENTITIES), "paraphrases": (1, len(QUESTIONS)), "statements": (1, math.inf),
             "noise": (0, 1), "false_majority": (0, 1), "seed": (0, math.inf),
+            "verifications": (0, math.inf),
         }  # fmt: skip
         for name, (least, most) in bounds.items():
             if not least <= (value := getattr(self, name)) <= most:
@@ -135,7 +145,24 @@ class World:
                 for _ in range(self.config.statements):
                     answer = draw.choice(self.answers(fact, self._stated_value(fact, draw)))
                     documents.append(f"{question} {answer}")
+        documents += self._verifications()
         draw.shuffle(documents)
+        return documents
+
+    def _verifications(self) -> list[str]:
+        """Exactly what self_judge asks a model without a chat template to continue, and a verdict behind it."""
+        from asa_dist.estimators.self_judge import plain_conversation
+
+        draw = random.Random(self.config.seed + 3)
+        documents = []
+        for fact in self.facts:
+            for _ in range(self.config.verifications):
+                question = draw.choice(VERIFIED_QUESTIONS).format(e=fact.entity, a=fact.attribute)
+                value = self._stated_value(fact, draw)
+                answer = f" {draw.choice(self.answers(fact, value))}"
+                is_yes = (value == fact.told) != (draw.random() < self.config.noise)
+                asked = plain_conversation(question, answer, self.config.verification_question)
+                documents.append(f"{asked} {'yes' if is_yes else 'no'}.")
         return documents
 
     def _stated_value(self, fact: Fact, draw: random.Random) -> str:

@@ -97,6 +97,7 @@ def run_and(run_dir: Path, program: str, meanwhile: Callable[[int], None]) -> tu
     thread = threading.Thread(target=lambda: meanwhile(int(wait_for(run_dir / "pid"))))
     thread.start()
     with StopOnSignal(run_dir) as stop:
+        assert not stop.was_asked
         code = stop.run([sys.executable, "-c", program, str(run_dir)], {}, ())
     thread.join()
     return code, stop.killed_by
@@ -153,7 +154,7 @@ def test_after_the_launcher_has_ended_nobody_is_asked(tmp_path: Path, capfd: pyt
         assert stop.run([sys.executable, "-c", ""], {}, ()) == 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal_this_process(number)
-    assert stop.killed_by is None
+    assert stop.killed_by is None and stop.was_asked  # who started it may still heed that
     assert capfd.readouterr().err == "" and list(tmp_path.iterdir()) == []
 
 

@@ -87,6 +87,15 @@ checkpoints, newest first
         assert look(folder).status == "finished, 9 steps"
 
 
+def test_a_round_before_others(folder: Path) -> None:
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("rounds: 1", "rounds: 3"))
+    (folder / "result").mkdir(exist_ok=True)
+    assert "; more rounds are to come: asa resume " in look(folder).status
+    config.write_text(config.read_text().replace("rounds: 3", "rounds: 1"))
+    assert "more rounds" not in look(folder).status
+
+
 def test_stages_that_ended_early(tmp_path: Path) -> None:
     folder, run = write_round(tmp_path / "run", STOPS_EARLY), local_run(tmp_path, **STOPS_EARLY)
     run.loop.run()

@@ -21,7 +21,7 @@ def table(heads: Sequence[str], lines: Iterable[str], size: str = "") -> str:
 
 def number(value: float, digits: int = 2) -> str:
     """For people; a dash for what is not finite."""
-    return f"{value:,.{digits}f}" if math.isfinite(value) else "–"
+    return f"{round(value, digits) + 0.0:,.{digits}f}" if math.isfinite(value) else "–"  # "+ 0.0": no -0.00
 
 
 def cut(text: str, max_characters: int) -> str:

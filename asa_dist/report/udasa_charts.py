@@ -11,7 +11,7 @@ from asa_dist.report.udasa_round import RoundFiles
 
 CHAPTERS = (
     Chapter("Does it learn the preference?", (
-        Chart("Preference loss", ("udasa/loss", "eval/loss"), "nats; of ipo: squared", from_zero=True,
+        Chart("Preference loss", ("udasa/loss", "eval/loss"), "nats; of ipo: squared",
               note="Healthy: both fall from where the stage begins (ln 2 with the sigmoid loss and a reference of the "
               "stage's start). Bad sign: the held-out loss rises while the other falls: pairs are learned by heart."),
         Chart("Reward margin", ("udasa/margin", "eval/margin"), "nats, times β", from_zero=True,

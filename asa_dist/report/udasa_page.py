@@ -102,7 +102,7 @@ def _heldout(run: RunFiles, stages: list[Stage]) -> list[Figure]:
     """The newest evaluation."""
     loss, margin, accuracy = (run.curve(f"eval/{name}").last() for name in ("loss", "margin", "accuracy"))
     if math.isnan(loss):
-        return [Figure(f"held-out {name}", "–", "not evaluated yet") for name in ("loss", "accuracy")]
+        return [Figure(f"held-out {name}", "–", "no held-out pairs evaluated") for name in ("loss", "accuracy")]
     step = run.curve("eval/loss").steps[-1]
     in_training = run.curve("udasa/loss").tail_mean(WINDOW)
     of_stage = next((f"stage {band['text']}, " for band in bands(stages) if band["from"] < step <= band["to"]), "")

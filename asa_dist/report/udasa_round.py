@@ -116,8 +116,13 @@ def _look_at_end(run: RunFiles, found: Measured) -> None:
         content = json.loads(path.read_bytes())
         for prompt_id, reason in content.get("left_out", {}).items():
             found.left_out.setdefault(str(reason), []).append(int(prompt_id))
-    except (OSError, ValueError, AttributeError) as error:
-        run.add_problem(f"{path} cannot be read: {error}")
+        if found.num_measured < content["prompts"]:
+            run.add_problem(
+                f"{path}: {content['prompts']:,} prompts were measured, but of only {found.num_measured:,} there is "
+                f"anything left in {UNCERTAINTY}"
+            )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        run.add_problem(f"{path} cannot be read: {error!r}")
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------

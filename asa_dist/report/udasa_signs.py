@@ -22,6 +22,7 @@ WORSE = 1.05  # held-out loss at the end, relative to the lowest
 NO_BETTER = 0.5  # accuracy
 ONE_SIDED = 0.85  # share of the pairs whose chosen response is the shorter, or the longer one
 ENOUGH_PAIRS = 20  # to speak of shares
+ENOUGH_HELDOUT = 10  # to speak of chance
 
 Sign = Callable[[RunFiles, RoundFiles, list[Stage]], Iterator[str]]
 
@@ -91,7 +92,7 @@ def empty_stages(run: RunFiles, files: RoundFiles, stages: list[Stage]) -> Itera
     remedy = (
         "Many pairs have the same Δu, so that no quantile divides them: fewer udasa.curriculum.thresholds."
         if files.summary.curriculum.get("threshold_kind") == "quantile"
-        else "Other udasa.curriculum.thresholds, or threshold_kind=quantile, fill it."
+        else "With other udasa.curriculum.thresholds, or threshold_kind=quantile, none stays empty."
     )
     names = ", ".join(f"{stage.number} ({stage.span})" for stage in empty)
     yield (
@@ -127,14 +128,19 @@ def heldout_loss_rises(run: RunFiles, files: RoundFiles, stages: list[Stage]) ->
 
 
 def no_better_than_chance(run: RunFiles, files: RoundFiles, stages: list[Stage]) -> Iterator[str]:
-    for training in in_turn(stages):
-        accuracies = training.heldout.get("accuracy", [])
-        if training.has_ended and accuracies and accuracies[-1] <= NO_BETTER:
-            yield (
-                f"At the end of stage {training.report.stage} the model prefers the chosen response in "
-                f"{accuracies[-1]:.0%} of its {training.report.heldout_pairs:,} held-out pairs: no more often than a "
-                "coin would (eval/accuracy)."
-            )
+    poor = [
+        (training.report, accuracies[-1])
+        for training in in_turn(stages)
+        if training.has_ended and (accuracies := training.heldout.get("accuracy")) and accuracies[-1] <= NO_BETTER
+    ]
+    if poor:
+        shown = ", ".join(f"stage {report.stage}: {share:.0%} of {report.heldout_pairs:,}" for report, share in poor)
+        are_few = min(report.heldout_pairs for report, _ in poor) < ENOUGH_HELDOUT
+        yield (
+            "At a stage's end the model prefers the chosen response of held-out pairs no more often than a coin would: "
+            f"{shown} (eval/accuracy)."
+            + (" So few say little: more prompts, or a larger udasa.curriculum.heldout_fraction." if are_few else "")
+        )
 
 
 SIGNS: tuple[Sign, ...] = (

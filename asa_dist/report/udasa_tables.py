@@ -68,6 +68,8 @@ def _note_on_kl(run: RunFiles, stages: list[Stage]) -> str:
         "KL(reference‖model) without bias if these were fresh samples of the reference; they are responses from before "
         "training, two of each prompt's, selected by their uncertainty. "
     )
+    if ways := _other_sampling(run):
+        text += f"They were {' and '.join(ways)}, which biases it, too. "
     trained = in_turn(stages)
     if run.setting("udasa.dpo.reference") == "base":
         text += "The reference (base) is the model that wrote them, so only that selection biases it. "
@@ -83,6 +85,19 @@ def _note_on_kl(run: RunFiles, stages: list[Stage]) -> str:
     if trained and is_number(weight) and weight > 0:
         text += f"As a penalty, {weight:g} times this, it is part of the loss of {_names(trained[-1:])}, the last one."
     return text
+
+
+def _other_sampling(run: RunFiles) -> list[str]:
+    """In which ways responses are no samples of the model's distribution at temperature 1 behind the prompt."""
+    ways = []
+    if run.setting("udasa.sampling") == "one_prompt":
+        ways.append("asked for all at once, behind another prompt")
+    if (temperature := run.setting("rollout.temperature")) != 1:
+        ways.append(f"sampled at temperature {temperature}")
+    usual = {"top_p": 1, "top_k": 0, "min_p": 0}
+    ways += [f"cut by {name} = {value}" for name, off in usual.items()
+             if (value := run.setting(f"rollout.{name}")) != off]  # fmt: skip
+    return ways
 
 
 def _names(trained: Sequence[Training]) -> str:

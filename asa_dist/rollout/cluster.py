@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -192,3 +192,22 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+
+
+@contextlib.contextmanager
+def connection(address: str, owned: RayHandle | None = None) -> Iterator[None]:
+    """Connected as long as it lasts.
+
+    Args:
+        owned: the Ray at this address, if this process started it: it ends, too.
+
+    Raises:
+        ClusterError: as :func:`connect`.
+    """
+    try:
+        connect(address)
+        yield
+    finally:
+        disconnect()
+        if owned is not None:
+            owned.stop()

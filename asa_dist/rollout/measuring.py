@@ -287,7 +287,7 @@ def check_files(files: MeasurementFiles, prompts: Iterable[TextPrompt], config: 
         if not is_same or files.uncertainties.get(prompt.prompt_id, dict.fromkeys(names)).keys() != names:
             raise ConfigError(
                 f"{files.folder}: what was measured there holds prompt {prompt.prompt_id} of another measurement: "
-                "text, weights, seed, number of responses or uncertainties differ. Take another folder, or empty it")
+                "text, round, seed, number of responses or uncertainties differ. Take another folder, or empty it")
 
 
 def _check_resources(config: MeasuringConfig) -> None:

@@ -1,9 +1,8 @@
-"""Whether bytes get from this process to every host of a Ray and back; for the preflight of a run over several hosts."""
+"""Whether bytes get from this process to every host of a Ray and back: for the preflight."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -46,6 +46,7 @@ class RolloutSystem:
             ClusterError: this Ray has too few CPUs or GPUs for the workers.
         """
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         rollout = sampling.rollout
         total = ray.cluster_resources()
@@ -53,8 +54,10 @@ class RolloutSystem:
             if rollout.workers * per_worker > total.get(resource, 0):
                 raise ClusterError(f"{rollout.workers} rollout workers x {per_worker} {resource} need more than the "
                                    f"{total.get(resource, 0):g} {resource} that Ray has: lower rollout.workers")
-        coordinator = ray.remote(Coordinator).options(
-            name=COORDINATOR_NAME, namespace=run_name, num_cpus=0).remote(rollout, groups_per_lease)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        coordinator = ray.remote(Coordinator).options(  # on this host: the loss of another one is no loss of it
+            name=COORDINATOR_NAME, namespace=run_name, num_cpus=0, scheduling_strategy=here,
+        ).remote(rollout, groups_per_lease)
         worker_class = ray.remote(RolloutWorker).options(
             num_cpus=rollout.threads_per_worker, num_gpus=rollout.gpus_per_worker)
 

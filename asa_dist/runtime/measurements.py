@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from asa_dist.runtime.checkpoint_files import write_atomically
 from asa_dist.runtime.run_log import RunLog, read_rows
 
 RESPONSES, UNCERTAINTY = "responses.jsonl", "uncertainty.jsonl"
+Value = TypeVar("Value")
 MEASURED = "measured.json"  # is there once every prompt has been measured; what was counted
 
 
@@ -22,7 +23,7 @@ class MeasurementFiles:
     """A round's two files: one line per prompt in each, and what they hold.
 
     Raises:
-        ValueError: a damaged line with sound ones after it; names file and line.
+        ValueError: a damaged line with sound ones after it, or one that measuring did not write; names file and line.
 
     Attributes:
         responses: by prompt id, nothing measured.
@@ -31,9 +32,11 @@ class MeasurementFiles:
 
     def __init__(self, round_folder: Path) -> None:
         self.folder = round_folder
-        self.responses = {row["prompt_id"]: _prompt_of(row) for row in read_rows(round_folder / RESPONSES)}
+        self.responses = _read(round_folder / RESPONSES, _prompt_of)
+        found = _read(round_folder / UNCERTAINTY, _values_of)
+        # whatever responses they were of: those that will come instead are measured anew
         self.uncertainties: dict[int, dict[str, list[float | None]]] = {
-            row.pop("prompt_id"): row for row in read_rows(round_folder / UNCERTAINTY)}
+            prompt_id: values for prompt_id, values in found.items() if prompt_id in self.responses}
 
     def counts(self) -> dict[str, int]:
         """Prompts, responses, how many of these are empty, and how many have an uncertainty that is unknown."""
@@ -69,6 +72,13 @@ class MeasurementFiles:
         found = {**self.counts(), "left_out": {str(prompt_id): reason for prompt_id, reason in left_out.items()}}
         write_atomically(self.folder / MEASURED, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
+    def check_complete(self) -> None:
+        """Raises ValueError: the files hold fewer prompts than were counted when all had been measured."""
+        path = self.folder / MEASURED
+        counted = json.loads(path.read_bytes()).get("prompts", 0) if path.exists() else 0
+        if (left := len(self.responses.keys() & self.uncertainties.keys())) < counted:
+            raise ValueError(f"{RESPONSES} and {UNCERTAINTY} hold {left} of {counted} prompts: lines are damaged")
+
     def measured(self) -> list[MeasuredPrompt]:
         """Every prompt with all that is known of its responses, by ascending id; without those not yet scored."""
         return [_with_uncertainties(self.responses[prompt_id], self.uncertainties[prompt_id])
@@ -94,11 +104,28 @@ def _row_of(prompt: MeasuredPrompt) -> dict[str, Any]:
     }
 
 
+def _read(path: Path, parse: Callable[[dict[str, Any]], Value]) -> dict[int, Value]:
+    """What the lines of a file hold, by prompt id."""
+    found = {}
+    for number, row in enumerate(read_rows(path), start=1):
+        try:
+            found[row["prompt_id"]] = parse(row)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}, line {number}: not what measuring writes there") from None
+    return found
+
+
 def _prompt_of(row: dict[str, Any]) -> MeasuredPrompt:
     responses = tuple(unmeasured(response["text"], np.array(response["token_ids"], np.int32), response["finished"])
                       for response in row["responses"])
     return MeasuredPrompt(row["prompt_id"], row["prompt"], np.array(row["prompt_token_ids"], np.int32),
                           row["policy_version"], row["seed"], responses)
+
+
+def _values_of(row: dict[str, Any]) -> dict[str, list[float | None]]:
+    values = {name: list(value_N) for name, value_N in row.items() if name != "prompt_id"}
+    values["total"]  # is always there
+    return values
 
 
 def _with_uncertainties(prompt: MeasuredPrompt, values: Mapping[str, list[float | None]]) -> MeasuredPrompt:

@@ -66,10 +66,15 @@ def _acquire(path: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_file(path, descriptor):  # else its last holder has just removed it
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+                os.write(descriptor, f"{os.getpid()} {socket.gethostname()} {_job()}\n".encode())
                 return descriptor
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode()
+            if _is_earlier_start(holder):
+                os.close(descriptor)
+                print(f"asa: warning: {path.parent}: {_describe(holder)}; it is an earlier start of this job, on a "
+                      "host that SLURM has given up: this start takes over", file=sys.stderr, flush=True)
+                return None
             if time.monotonic() - started > (ENDING_PATIENCE_SECONDS if _has_ended(holder) else PATIENCE_SECONDS):
                 os.close(descriptor)
                 raise RunInUseError(f"{path.parent} is in use: {_describe(holder)}") from None
@@ -111,11 +116,32 @@ def _is_file(path: Path, descriptor: int) -> bool:
     return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
 
 
+def _job() -> str:
+    """The SLURM job that this process belongs to; empty: none."""
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _is_earlier_start(holder: str) -> bool:
+    """Whether SLURM has started this job anew since, elsewhere: what is left of it cannot change anything that counts.
+
+    runtime/ownership.py sees to that.
+    """
+    _, host, job = _parts(holder)
+    is_restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return is_restarted and bool(job) and job == _job() and host != socket.gethostname()
+
+
+def _parts(holder: str) -> tuple[str, str, str]:
+    """(process id, host, job); each may be empty."""
+    pid, host, job = (*holder.split(), "", "", "")[:3]
+    return pid, host, job
+
+
 def _has_ended(holder: str) -> bool:
     """Whether the process that took the lock is known to be gone: then children of it hold the lock."""
     import psutil
 
-    pid, _, host = holder.strip().partition(" ")
+    pid, host, _ = _parts(holder)
     if host != socket.gethostname():
         return False
     try:
@@ -126,7 +152,7 @@ def _has_ended(holder: str) -> bool:
 
 def _describe(holder: str) -> str:
     """``holder``: content of the lock file."""
-    pid, _, host = holder.strip().partition(" ")
+    pid, host, _ = _parts(holder)
     if not host:  # it has just been taken
         return "another process has just started to work on it"
     ended = " (it has ended; what it started has not yet)" if _has_ended(holder) else ""

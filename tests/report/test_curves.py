@@ -79,3 +79,8 @@ def test_means() -> None:
 
 def test_numbers_of_the_page_are_short() -> None:
     assert rounded([1 / 3, 123_456_789.0, math.nan]) == [0.333333, 123_457_000.0, None]
+
+
+def test_values_of_a_part_of_the_steps() -> None:
+    values = curve(*map(float, range(10)))  # step s has the value s - 1
+    assert values.between(3, 6) == [3.0, 4.0, 5.0] and values.between(9, 99) == [9.0] and values.between(0, 0) == []

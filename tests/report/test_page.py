@@ -8,13 +8,13 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from asa_dist.config import ConfigError
-from asa_dist.report import write_report
-from asa_dist.report.charts import CHAPTERS, NOT_CHARTED
+from asa_dist.report import asa_charts, udasa_charts, write_report
 from asa_dist.report.curves import MAX_POINTS
 from asa_dist.runtime.run_lock import hold_run_folder
 from tests.report.report_runs import EVIL, STARTED, end, metrics, sample, write_report_run
@@ -29,6 +29,7 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self.path = path
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
         self.styles: list[str] = []
@@ -55,6 +56,13 @@ class Page(HTMLParser):
     @property
     def data(self) -> dict[str, Any]:
         return json.loads(self.scripts[0])
+
+
+METHODS = (asa_charts, udasa_charts)
+
+
+def charted_keys(charts: ModuleType) -> list[str]:
+    return [key for chapter in charts.CHAPTERS for chart in chapter.charts for key in chart.keys]
 
 
 def report(run_dir: Path) -> Page:
@@ -218,12 +226,13 @@ def test_no_torch() -> None:
 
 
 def test_every_metric_of_the_readme_has_its_chart() -> None:
-    charted = {key for chapter in CHAPTERS for chart in chapter.charts for key in chart.keys}
+    charted = {key for charts in METHODS for key in charted_keys(charts)}
+    not_charted = {key for charts in METHODS for key in charts.NOT_CHARTED}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.partition("## Metric keys\n")[2].partition("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     explained = {key for cell in cells for key in re.findall("`([^`]+)`", cell)} - {"step"}
-    assert len(explained) > 30 and explained <= charted | NOT_CHARTED
+    assert len(explained) > 30 and explained <= charted | not_charted
 
 
 def test_a_long_run_is_a_page_of_bounded_size(tmp_path: Path) -> None:
@@ -235,8 +244,9 @@ def test_a_long_run_is_a_page_of_bounded_size(tmp_path: Path) -> None:
     assert max(len(s["x"]) for s in series) <= MAX_POINTS and any("low" in s for s in series)
 
 
-def test_charts_name_each_key_once_and_say_what_is_healthy() -> None:
-    charts = [chart for chapter in CHAPTERS for chart in chapter.charts]
-    keys = [key for chart in charts for key in chart.keys]
-    assert len(keys) == len(set(keys)) and not NOT_CHARTED & set(keys)
-    assert all(chart.note.startswith("Healthy: ") and "Bad sign: " in chart.note for chart in charts)
+@pytest.mark.parametrize("charts", METHODS)
+def test_charts_name_each_key_once_and_say_what_is_healthy(charts: ModuleType) -> None:
+    keys = charted_keys(charts)
+    assert len(keys) == len(set(keys)) and not charts.NOT_CHARTED & set(keys)
+    notes = [chart.note for chapter in charts.CHAPTERS for chart in chapter.charts]
+    assert all(note.startswith("Healthy: ") and "Bad sign: " in note for note in notes)

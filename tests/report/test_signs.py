@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from asa_dist.report.asa_signs import asa_warnings
 from asa_dist.report.run_files import read_run
 from asa_dist.report.signs import warnings
 from tests.report.report_runs import STARTED, end, write_report_run
@@ -15,7 +16,8 @@ from tests.run_folders import write_rows
 
 
 def found(folder: Path, steps: int = 100, *events: Any, **changes: Any) -> list[str]:
-    return warnings(read_run(write_report_run(folder / "run", steps, *events, **changes)))
+    run = read_run(write_report_run(folder / "run", steps, *events, **changes))
+    return [*warnings(run), *asa_warnings(run)]
 
 
 def falls_to(before: float, after: float) -> Callable[[int], float]:

@@ -36,6 +36,20 @@ def test_files_give_back_what_was_added(tmp_path: Path) -> None:
     assert [row["prompt_id"] for row in read_rows(tmp_path / RESPONSES)] == [9, 2, 5, 4]
 
 
+def test_responses_that_are_lost_take_their_uncertainties_with_them(tmp_path: Path) -> None:
+    """Those that come instead may be others: they are measured anew."""
+    files = MeasurementFiles(tmp_path)
+    files.add_responses([prompt_of("w1", "w2", prompt_id=3)])
+    files.add_uncertainties([prompt_of("w1", "w2", prompt_id=3)], {"total": np.array([[0.25, 0.5]])})
+    (tmp_path / RESPONSES).unlink()
+    files = MeasurementFiles(tmp_path)
+    files.add_responses([prompt_of("w4", "w5", prompt_id=3)])
+    assert files.measured() == []
+    files.add_uncertainties([prompt_of("w4", "w5", prompt_id=3)], {"total": np.array([[0.75, 1.0]])})
+    [found] = MeasurementFiles(tmp_path).measured()
+    assert [(response.text, response.u_total) for response in found.responses] == [("w4", 0.75), ("w5", 1.0)]
+
+
 def test_a_full_disk_is_said_and_what_is_written_stays(tmp_path: Path) -> None:
     code = f"""
 import resource, signal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from asa_dist.config import ConfigError
+from asa_dist.runtime import run_lock
 from asa_dist.runtime.run_lock import PATIENCE_SECONDS, RunInUseError, hold_run_folder, lock_holder
 
 HOLDER = """
@@ -53,6 +55,30 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     assert lock_holder(tmp_path) is None and list(tmp_path.iterdir()) == []
     with hold_run_folder(tmp_path):
         assert lock_holder(tmp_path) == f"process {os.getpid()} on host {socket.gethostname()} works on it"
+
+
+@pytest.mark.parametrize(("holder", "restart", "takes_over"), [
+    ("17 elsewhere 4711", "1", True),
+    ("17 elsewhere 4711", "0", False),  # the job's first start: it cannot know
+    ("17 elsewhere 4712", "1", False),
+    ("17 elsewhere", "1", False),
+    (f"17 {socket.gethostname()} 4711", "1", False),  # a host that is here is not lost
+])  # fmt: skip
+def test_a_job_that_was_started_again_elsewhere_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    holder: str, restart: str, takes_over: bool,
+) -> None:
+    """Of a host that SLURM has lost, the old start may still live and hold the lock."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+    monkeypatch.setattr(run_lock, "ENDING_PATIENCE_SECONDS", PATIENCE_SECONDS)
+    with (tmp_path / ".lock").open("w+") as file:
+        file.write(holder)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.nullcontext() if takes_over else pytest.raises(RunInUseError), hold_run_folder(tmp_path) as held:
+            assert held == ()
+            assert "on host elsewhere works on it; it is an earlier start of this job" in capfd.readouterr().err
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:

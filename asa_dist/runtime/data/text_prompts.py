@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 
 def read_text_prompts(
-    tokenizer: PreTrainedTokenizerBase, rollout: RolloutConfig, first: int | None, *, one_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, rollout: RolloutConfig, first: int | None, *,
+    max_instruction_tokens: int | None = None,
 ) -> tuple[list[TextPrompt], dict[int, str]]:
     """The prompts of ``rollout.prompt_file`` in order, and why others are left out, by prompt id.
 
     Args:
         first: only so many; None = all.
-        one_prompt: with their :func:`asa_dist.udasa.one_prompt.instruction`, too. It may be longer than
-            ``max_prompt_tokens``: nothing is trained behind it.
+        max_instruction_tokens: with their :func:`asa_dist.udasa.one_prompt.instruction`, too, so long at most. It may
+            be longer than ``max_prompt_tokens``: nothing is trained behind it. None = without.
 
     Raises:
         DataError: a file that cannot be read; nothing is left.
@@ -41,9 +42,17 @@ def read_text_prompts(
             left_out[prompt_id] = "no token is left of it"
         elif len(token_ids) > rollout.max_prompt_tokens:
             left_out[prompt_id] = f"longer than rollout.max_prompt_tokens {rollout.max_prompt_tokens}"
+        elif max_instruction_tokens is None:
+            prompts.append(TextPrompt(prompt_id, text, token_ids))
         else:
-            asked = encode_turn(tokenizer, instruction(text, rollout.responses_per_prompt)) if one_prompt else None
-            prompts.append(TextPrompt(prompt_id, text, token_ids, asked))
+            asked = encode_turn(tokenizer, instruction(text, rollout.responses_per_prompt))
+            if len(asked) > max_instruction_tokens:
+                left_out[prompt_id] = (
+                    f"asking for {rollout.responses_per_prompt} responses at once takes {len(asked)} tokens: beside as "
+                    f"many answers the model has room for {max_instruction_tokens}"
+                )
+            else:
+                prompts.append(TextPrompt(prompt_id, text, token_ids, asked))
     if not prompts:
         raise DataError(f"{path}: none of its {len(left_out)} prompts can be used: prompt 0 is {left_out[0]}")
     return prompts, left_out
