@@ -76,7 +76,8 @@ def test_a_job_that_was_started_again_elsewhere_takes_over(
         file.write(holder)
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.nullcontext() if takes_over else pytest.raises(RunInUseError), hold_run_folder(tmp_path) as held:
+        refused = contextlib.nullcontext() if takes_over else pytest.raises(RunInUseError)
+        with refused, hold_run_folder(tmp_path) as held:
             assert held == ()
             assert "on host elsewhere works on it; it is an earlier start of this job" in capfd.readouterr().err
 
