@@ -1,6 +1,6 @@
 """Does UDASA make a model more truthful, and is it the curriculum? Arms of one method, on a world whose truth is known.
 
-    python benchmarks/udasa.py --out benchmarks/udasa.json      every arm, 3 seeds; within half an hour
+    python benchmarks/udasa.py --out benchmarks/udasa.json      every arm, 3 seeds; a quarter of an hour
     python benchmarks/udasa.py --short                          start and curriculum, one seed; within 4 minutes
     python benchmarks/udasa.py --work runs/udasa-benchmark      keeps the runs, and goes on with what is there
 

@@ -43,6 +43,8 @@ ARMS = {
     CURRICULUM: Arm("UDASA, three stages"),
     "one-stage": Arm("UDASA, all pairs in one stage", ("udasa.curriculum.thresholds=[]",)),
     "random": Arm("UDASA, stages in random order", ("udasa.curriculum.order=random",)),
+    "semantic": Arm("three stages, by semantic uncertainty alone", ("udasa.uncertainties=[semantic]",)),
+    "factual": Arm("three stages, by factual uncertainty alone", ("udasa.uncertainties=[factual]",)),
     TEMPERED: Arm("start, as certain as UDASA"),  # no run of its own
     START: Arm("start: MLE only"),
 }
