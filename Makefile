@@ -31,7 +31,7 @@ chaos: $(INSTALLED)  ## 20 random kills of a run's processes, about half an hour
 alignment: $(INSTALLED)  ## truth or only certainty: every arm, on a world whose truth is known; an idle machine, an hour
 	$(VENV)/bin/python benchmarks/alignment.py --work runs/alignment --out benchmarks/alignment.json
 
-udasa: $(INSTALLED)  ## UDASA on a world whose truth is known: every arm, three seeds; an idle machine, half an hour
+udasa: $(INSTALLED)  ## UDASA on a world whose truth is known: every arm, three seeds; an idle machine, a quarter of an hour
 	$(VENV)/bin/python benchmarks/udasa.py --work runs/udasa-benchmark --out benchmarks/udasa.json
 
 kernels: $(INSTALLED)  ## compile every kernel for four GPUs, without one; writes the tables in benchmarks/README.md

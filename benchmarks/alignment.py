@@ -102,18 +102,22 @@ def is_ahead(result: dict[str, Any]) -> bool:
     return runs.can_compare("b", "a") and runs.difference("b", "a", "truth").mean >= SHORT_MARGIN
 
 
+def numbers(text: str) -> list[int]:
+    """An argument's value: different whole numbers, separated by commas."""
+    found = [int(word) for word in text.split(",")]
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: every seed may occur once only")
+    return found
+
+
+def positive(text: str) -> int:
+    """An argument's value: at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
+    return number
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        found = [int(word) for word in text.split(",")]
-        if len(set(found)) < len(found):
-            raise argparse.ArgumentTypeError(f"{text}: every seed may occur once only")
-        return found
-
-    def positive(text: str) -> int:
-        if (number := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
-        return number
-
     def arms(text: str) -> list[str]:
         if unknown := set(text.split(",")) - ARMS.keys():
             raise argparse.ArgumentTypeError(f"no such arm: {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")

@@ -134,16 +134,16 @@ class Run:
         return json.loads(self.measures_path.read_text(encoding="utf-8")) if self.measures_path.exists() else None
 
 
-def resolved(overrides: Sequence[str]) -> Config:
-    """alignment.yaml; the files that its paths name are not looked for.
+def resolved(overrides: Sequence[str], path: Path = CONFIG) -> Config:
+    """alignment.yaml, or another config; the files that its paths name are not looked for.
 
     Raises:
         ConfigError: what is no config.
     """
     try:
-        return Config.model_validate(read_tree(CONFIG, overrides))
+        return Config.model_validate(read_tree(path, overrides))
     except ValidationError as error:
-        raise ConfigError(f"{CONFIG.name} with {' '.join(overrides)}: {error}") from None
+        raise ConfigError(f"{path.name} with {' '.join(overrides)}: {error}") from None
 
 
 def differences_from_defaults(config: Config) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Does UDASA make a model more truthful, and is it the curriculum? Arms of one method, on a world whose truth is known.
 
-    python benchmarks/udasa.py --out benchmarks/udasa.json      every arm, 3 seeds; within half an hour
+    python benchmarks/udasa.py --out benchmarks/udasa.json      every arm, 3 seeds; a quarter of an hour
     python benchmarks/udasa.py --short                          start and curriculum, one seed; within 4 minutes
     python benchmarks/udasa.py --work runs/udasa-benchmark      keeps the runs, and goes on with what is there
 
@@ -26,7 +26,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from alignment import problem_with_output
+from alignment import numbers, positive, problem_with_output
 from live_run import when_and_where
 from udasa_report import report_text
 from udasa_runs import ARMS, CONFIG, CURRICULUM, START, START_OVERRIDES, Comparison, Run, resolved
@@ -69,20 +69,9 @@ def is_ahead(result: dict[str, Any]) -> bool:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    def seeds(text: str) -> list[int]:
-        found = [int(word) for word in text.split(",")]
-        if len(set(found)) < len(found):
-            raise argparse.ArgumentTypeError(f"{text}: every seed may occur once only")
-        return found
-
-    def positive(text: str) -> int:
-        if (number := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
-        return number
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=f"of {CONFIG.name}, for every arm")
-    parser.add_argument("--seeds", type=seeds, default=SEEDS, metavar="10,11,12",
+    parser.add_argument("--seeds", type=numbers, default=SEEDS, metavar="10,11,12",
                         help="of world and runs; the settings were chosen on 0 and 1")
     parser.add_argument("--jobs", type=positive, default=2, help="seeds at once; each takes about a core")
     parser.add_argument("--work", type=Path, help="folder for the runs; finished ones in it are not repeated")

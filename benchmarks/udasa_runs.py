@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING, Any
 import alignment_runs
 from alignment_runs import ENTROPY_TOLERANCE, TEMPERING_ROUNDS, RunFailed, sources_digest
 from live_run import ROOT, Hang, LiveRun, Progress
-from pydantic import ValidationError
 from world import World, WorldConfig
 
 from asa_dist.config import Config, ConfigError
-from asa_dist.config_text import read_tree
 
 if TYPE_CHECKING:
     from udasa_measures import PlainExam
@@ -43,6 +41,8 @@ ARMS = {
     CURRICULUM: Arm("UDASA, three stages"),
     "one-stage": Arm("UDASA, all pairs in one stage", ("udasa.curriculum.thresholds=[]",)),
     "random": Arm("UDASA, stages in random order", ("udasa.curriculum.order=random",)),
+    "semantic": Arm("three stages, by semantic uncertainty alone", ("udasa.uncertainties=[semantic]",)),
+    "factual": Arm("three stages, by factual uncertainty alone", ("udasa.uncertainties=[factual]",)),
     TEMPERED: Arm("start, as certain as UDASA"),  # no run of its own
     START: Arm("start: MLE only"),
 }
@@ -141,15 +141,8 @@ def write_questions(path: Path, world: World) -> Path:
 
 
 def resolved(overrides: Sequence[str]) -> Config:
-    """udasa.yaml; the files that its paths name are not looked for.
-
-    Raises:
-        ConfigError: what is no config.
-    """
-    try:
-        return Config.model_validate(read_tree(CONFIG, overrides))
-    except ValidationError as error:
-        raise ConfigError(f"{CONFIG.name} with {' '.join(overrides)}: {error}") from None
+    """udasa.yaml, as :func:`alignment_runs.resolved`."""
+    return alignment_runs.resolved(overrides, CONFIG)
 
 
 def _tree(run: Run) -> dict[str, Any]:
