@@ -1,0 +1,78 @@
+"""Where hosts can be made, and that a test leaves nothing of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.hosts import why_not_here
+
+ROOT = Path(__file__).parents[2]
+EXIT_SECONDS = 15.0
+# of every command on a host: of this shell's environment Ray's token, for one, must not get there
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+               "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hosts_can_be_made() -> None:
+    if reason := why_not_here():
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_by_the_file(hosts_can_be_made: None) -> Iterator[None]:
+    yield from _nothing_left()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_by_the_test(hosts_can_be_made: None) -> Iterator[None]:
+    yield from _nothing_left()
+
+
+def _nothing_left() -> Iterator[None]:
+    """Processes, namespaces, mounts and temporary folders are what they were before."""
+    before = _what_is_there()
+    yield
+    deadline = time.monotonic() + EXIT_SECONDS
+    while (left := _what_is_there() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, f"left behind: {sorted(left)}"
+
+
+def _what_is_there() -> set[str]:
+    """A line for each. Of processes those that descend from this one, and all that are in another namespace."""
+    there = {f"mount {line}" for line in Path("/proc/mounts").read_text().splitlines()}
+    there |= {f"folder {path}" for where in ("/tmp", "/dev/shm", "/run/netns") for path in _entries(Path(where))}
+    children = {process.pid for process in psutil.Process().children(recursive=True)}
+    own = _namespaces(os.getpid())
+    for pid in psutil.pids():
+        others = _namespaces(pid) - own
+        there |= {f"namespace {name}" for name in others}
+        if others or pid in children:
+            there.add(f"process {pid}")
+    return there - {f"process {pid}" for pid in children if _is_zombie(pid)}
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What the system under test makes there; the test's own folders are pytest's."""
+    return [path for path in folder.glob("*") if path.name.startswith(("asa-", "ray"))] if folder.is_dir() else []
+
+
+def _namespaces(pid: int) -> set[str]:
+    try:
+        return {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("net", "pid", "mnt", "uts")}
+    except OSError:  # it has ended
+        return set()
