@@ -6,10 +6,10 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 OVERRIDES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint faults chaos alignment udasa kernels overlap clean
+.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels overlap clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(INSTALLED)  ## train on two CPU cores, about ten minutes; RUN_DIR=folder OVERRIDES="key.sub=value …"
 	$(VENV)/bin/asa train configs/quickstart.yaml $(OVERRIDES) --run-dir $(RUN_DIR)
@@ -17,10 +17,14 @@ quickstart: $(INSTALLED)  ## train on two CPU cores, about ten minutes; RUN_DIR=
 test: $(INSTALLED)  ## all tests; PYTEST_ADDOPTS="-k trust" selects
 	$(VENV)/bin/python -m pytest --durations=10
 
-lint: $(INSTALLED)  ## style, types, layers
+lint: $(INSTALLED)  ## style, types, layers, shell scripts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy asa_dist kernels/asa_kernels
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/shellcheck launch/*.sh launch/slurm/*.sbatch tests/cluster/*.sh
+
+test-cluster: $(INSTALLED)  ## several hosts in namespaces, SLURM and ssh, faults too: root, `bash tests/cluster/install.sh`; 20 minutes
+	$(VENV)/bin/python -m pytest tests/cluster --long --durations=20
 
 faults: $(INSTALLED)  ## every fault test, also those that CI has no time for, about 15 minutes
 	$(VENV)/bin/python -m pytest tests/faults --long --kill-points 9

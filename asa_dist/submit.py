@@ -98,6 +98,8 @@ def render_script(config: Config, layout: JobLayout, request: JobRequest, name: 
         "partition": request.partition, "account": request.account,
         "gpus-per-node": str(layout.gpus_per_node) if layout.gpus_per_node else None,
         "signal": f"B:USR1@{request.warning_seconds}", "output": f'"{log}"',
+        # one of several nodes that only generate may be lost: SLURM would end the job
+        "no-kill": "" if layout.num_rollout_nodes > 1 else None,
     }  # fmt: skip
     settings: dict[str, str | int] = {
         "CONFIG": str(run_dir / "config.yaml"), "RUN_DIR": str(run_dir), "PYTHON": sys.executable,
@@ -138,12 +140,12 @@ def what_next(job: str, run_dir: Path) -> str:
 
 
 def _fill(template: str, directives: Mapping[str, str | None], settings: Mapping[str, str | int]) -> str:
-    """``directives``: by sbatch's option; None = as the template has it. Each setting is a line of the template."""
+    """``directives``: by sbatch's option; "" = it has no value, None = as in the template. Settings: its lines."""
     lines = template.splitlines()
     for option, value in directives.items():
         if value is None:
             continue
-        line, start = f"#SBATCH --{option}={value}", f"#SBATCH --{option}="
+        line, start = f"#SBATCH --{option}" + (f"={value}" if value else ""), f"#SBATCH --{option}="
         places = [place for place, old in enumerate(lines) if old.startswith(start)]
         if places:
             lines[places[0]] = line

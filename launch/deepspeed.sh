@@ -20,8 +20,11 @@ main() {
     trap clean_up EXIT
     trap 'stop 130' INT
     trap 'stop 143' TERM
+    trap : PIPE
+    # a config that cannot be used is refused before anything starts
+    "$python" -m asa_dist.cli train "$config" "${overrides[@]}" --run-dir "$run_dir" --dry-run >/dev/null
     mkdir -p "$run_dir"
-    work=$(mktemp -d "$run_dir/.launch-XXXXXX")  # mode 700, where every host can read it
+    work=$(mktemp -d /tmp/asa-launch-XXXXXXXXXX)  # mode 700
     head=${trainers[0]}
     readonly port=$((20000 + RANDOM % 6000 * 2))  # below the ports that Linux hands out by itself
     readonly ray_head=$head:$((port + 1))
@@ -47,9 +50,14 @@ run_ranks() {  # run_ranks MODULE ARGUMENT …
 }
 
 wait_for_ray() {  # until what waits for all hosts has ended; Ray ending on any host is the end of it, too
-    local process
+    local index hosts=("${trainers[@]}" "${rollouts[@]}")
     while kill -0 "$training" 2>/dev/null; do
-        for process in "${ray[@]}"; do kill -0 "$process" 2>/dev/null || return 1; done
+        for index in "${!ray[@]}"; do
+            if ! kill -0 "${ray[index]}" 2>/dev/null; then
+                echo "asa: no Ray on ${hosts[index]}: see above" >&2
+                return 1
+            fi
+        done
         sleep 1
     done
     wait_for_training
@@ -113,8 +121,7 @@ value_of() {  # value_of KEY LINE: of "slots=8" in a line of a hostfile; 0 if it
     [[ " $2 " =~ [[:space:]]$1=([0-9]+)[[:space:]] ]] && echo "${BASH_REMATCH[1]}" || echo 0
 }
 
-write_environment() {  # what DeepSpeed and ssh do not pass on by themselves; no secret on a command line
-    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$work/token")
+write_environment() {  # what DeepSpeed and ssh do not pass on by themselves; they put it on command lines: no secret
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$work/token RAY_USAGE_STATS_ENABLED=0 RAY_IGNORE_UNHANDLED_ERRORS=1
     unset RAY_AUTH_TOKEN
     environment=()
@@ -129,10 +136,9 @@ on() {  # on HOST COMMAND … &: by ssh, in this folder, with the environment of
 }
 
 start_ray_everywhere() {
-    mkfifo "$work/alive"
-    exec {alive}<>"$work/alive"  # every host's Ray ends when this script does, however: then nobody writes here
     local line cpus=0
-    ray=()
+    token=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+    ray=() pipes=()
     while read -r line <&3; do
         if [[ -z $rollout_hostfile ]]; then cpus=$(value_of slots "$line"); fi
         start_ray "${line%%[[:space:]]*}" "$cpus" 0
@@ -145,12 +151,17 @@ start_ray_everywhere() {
 
 start_ray() {  # start_ray HOST CPUS GPUS
     echo "asa: $1: Ray with $2 CPUs and $3 GPUs for rollout workers"
+    local pipe="$work/${#pipes[@]}"
+    mkfifo -m 600 "$pipe"
     (
-        exec <"$work/alive" {alive}>&-
+        for descriptor in "${pipes[@]}"; do exec {descriptor}>&-; done
         on "$1" "$python" -m asa_dist.rollout.ray_hosts start --head "$ray_head" --num-cpus "$2" --num-gpus "$3" \
-            --gpus-per-host "$3" --until-eof
+            --gpus-per-host "$3" --token-from-stdin <"$pipe"
     ) &
     ray+=($!)
+    exec {pipe}>"$pipe"  # the token goes in here; a host's Ray ends when this script does, however: then it is closed
+    echo "$token" >&"$pipe" || true  # ssh has ended already: wait_for_ray says so
+    pipes+=("$pipe")
 }
 
 # shellcheck disable=SC2329  # called by a trap
@@ -158,7 +169,7 @@ clean_up() {
     local code=$? second
     trap '' INT TERM
     if [[ -n ${training:-} ]]; then kill -TERM "$training" 2>/dev/null || true; fi
-    if [[ -n ${alive:-} ]]; then exec {alive}>&-; fi
+    for pipe in "${pipes[@]:-}"; do if [[ -n $pipe ]]; then exec {pipe}>&-; fi; done
     for ((second = 0; second < STOP_SECONDS; second++)); do
         [[ -n $(jobs -rp) ]] || break
         sleep 1

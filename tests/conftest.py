@@ -24,6 +24,17 @@ SESSION_VARIABLE = "ASA_TEST_SESSION"
 EXIT_DEADLINE_SECONDS = 15.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also the tests marked long, which CI has no time for")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="only with --long: `make faults`, `make test-cluster`"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left_behind() -> Iterator[None]:
     """Fails the session if anything it started, daemons included, outlives its last test; ends it too."""

@@ -129,6 +129,7 @@ def test_the_script_is_the_template_with_other_settings(tmp_path: Path, sbatch: 
     _, _, body = submit.TEMPLATE.read_text(encoding="utf-8").partition("# --- end of settings")
     assert script.endswith(body) and "main\n" in body
     assert f"\n#SBATCH --nodes={nodes}\n" in script
+    assert ("\n#SBATCH --no-kill\n" in script) == (nodes == 64), "only one of several nodes that generate may be lost"
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=30, check=False)
     assert checked.returncode == 0, checked.stderr
     assert script.index("#SBATCH --gpus") < script.index("\nCONFIG="), "SLURM stops reading at the first command"

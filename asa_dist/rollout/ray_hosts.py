@@ -3,7 +3,8 @@
     python -m asa_dist.rollout.ray_hosts start --head node0:20001 --num-cpus 8     on every host, by srun or ssh
     python -m asa_dist.rollout.ray_hosts wait --head node0:20001 node0 node1       on one of them
 
-The environment is that of the whole cluster: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+The environment is that of the whole cluster: RAY_AUTH_MODE=token with RAY_AUTH_TOKEN, or with RAY_AUTH_TOKEN_PATH where
+`start --token-from-stdin` keeps it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,7 @@ def _wait_for_head(options: argparse.Namespace, is_asked_to_end: Callable[[], bo
 
 
 def start(options: argparse.Namespace) -> None:
-    """Runs Ray on this host until asked to end (SIGTERM, SIGINT, SIGUSR1; with ``until_eof`` the end of stdin, too).
+    """Runs Ray on this host until asked to end (SIGTERM, SIGINT, SIGUSR1; the end of stdin, if that has the token).
 
     Its files are in a folder of its own, with mode 700, that goes with it.
 
@@ -111,8 +113,38 @@ def start(options: argparse.Namespace) -> None:
         signal.signal(number, lambda number, _: asked_to_end.append(number))
 
     def is_asked_to_end() -> bool:
-        return bool(asked_to_end) or (options.until_eof and _is_at_end_of_stdin())
+        return bool(asked_to_end) or (options.token_from_stdin and _is_at_end_of_stdin())
 
+    with token_of_stdin() if options.token_from_stdin else contextlib.nullcontext():
+        _run_ray(options, is_asked_to_end)
+
+
+@contextlib.contextmanager
+def token_of_stdin() -> Iterator[None]:
+    """Ray's token, the first line of stdin, is in the file RAY_AUTH_TOKEN_PATH meanwhile, for this user only.
+
+    Raises:
+        ClusterError: its folder belongs to somebody else, or others may look into it.
+    """
+    path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # not a byte more than the line
+        token = stdin.readline()
+    with contextlib.suppress(FileExistsError):  # hosts may share this folder
+        path.parent.mkdir(mode=0o700)
+    made = path.parent.lstat()
+    if made.st_uid != os.geteuid() or made.st_mode != stat.S_IFDIR | 0o700:
+        raise ClusterError(f"host {socket.gethostname()}: {path.parent} is there already, and not this user's alone")
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(token)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the launch script's own is there, too
+            path.parent.rmdir()
+
+
+def _run_ray(options: argparse.Namespace, is_asked_to_end: Callable[[], bool]) -> None:
     address = own_address()
     environment = os.environ | ENVIRONMENT
     if options.gpus_per_host:
@@ -204,7 +236,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     starting.add_argument("--num-gpus", type=int, default=0, help="that actors may use here: the last ones")
     starting.add_argument("--gpus-per-host", type=int, default=0, help="those of trainer ranks, too")
     starting.add_argument("--name", default="asa-hosts", help="first part of the temporary folder's name")
-    starting.add_argument("--until-eof", action="store_true", help="end when stdin does, too")
+    starting.add_argument("--token-from-stdin", action="store_true",
+                          help="the first line is Ray's token, kept at RAY_AUTH_TOKEN_PATH; end when stdin does")
     starting.set_defaults(action=start)
     waiting = commands.add_parser("wait", help="until Ray is on all hosts")
     waiting.add_argument("hosts", nargs="+", metavar="HOST")

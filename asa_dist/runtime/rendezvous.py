@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from typing import TYPE_CHECKING
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not in its __all__
+if TYPE_CHECKING:
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its __all__
 
 
 def follow_slurm() -> None:
@@ -28,6 +30,8 @@ def open_store(name: str, rank: int, num_ranks: int, timeout_seconds: float) -> 
         RuntimeError: rank 0 is not reached in time.
         OSError: rank 0 cannot listen there.
     """
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launcher_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_server = rank == 0 and not launcher_serves

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.hosts import why_not_here
+from tests.cluster.cluster_run import CONFIG, OVERRIDES, ClusterRun
+from tests.cluster.hosts import ROOT, why_not_here
 
-ROOT = Path(__file__).parents[2]
 EXIT_SECONDS = 15.0
 # of every command on a host: of this shell's environment Ray's token, for one, must not get there
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
@@ -35,8 +37,19 @@ def nothing_left_by_the_test(hosts_can_be_made: None) -> Iterator[None]:
     yield from _nothing_left()
 
 
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> ClusterRun:
+    """One host with two ranks, uninterrupted."""
+    run = ClusterRun(tmp_path_factory.mktemp("reference") / "run")
+    command = [sys.executable, "-m", "asa_dist.cli", "train", str(CONFIG), "train.ranks=2", *OVERRIDES]
+    ended = subprocess.run([*command, "--run-dir", str(run.run_dir)], env=os.environ | ENVIRONMENT, timeout=400,
+                           capture_output=True, text=True)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return run
+
+
 def _nothing_left() -> Iterator[None]:
-    """Processes, namespaces, mounts and temporary folders are what they were before."""
+    """Processes, namespaces and mounts are what they were before. (Of files on a host: Cluster.wait_until_idle.)"""
     before = _what_is_there()
     yield
     deadline = time.monotonic() + EXIT_SECONDS
@@ -48,7 +61,6 @@ def _nothing_left() -> Iterator[None]:
 def _what_is_there() -> set[str]:
     """A line for each. Of processes those that descend from this one, and all that are in another namespace."""
     there = {f"mount {line}" for line in Path("/proc/mounts").read_text().splitlines()}
-    there |= {f"folder {path}" for where in ("/tmp", "/dev/shm", "/run/netns") for path in _entries(Path(where))}
     children = {process.pid for process in psutil.Process().children(recursive=True)}
     own = _namespaces(os.getpid())
     for pid in psutil.pids():
@@ -64,11 +76,6 @@ def _is_zombie(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def _entries(folder: Path) -> list[Path]:
-    """What the system under test makes there; the test's own folders are pytest's."""
-    return [path for path in folder.glob("*") if path.name.startswith(("asa-", "ray"))] if folder.is_dir() else []
 
 
 def _namespaces(pid: int) -> set[str]:

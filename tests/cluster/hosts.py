@@ -4,9 +4,10 @@
         cluster.start_slurm()
         cluster.run("node0", "srun", "-N2", "hostname")
 
-Each host has its own name, network, processes, /dev/shm, /run and /etc/hosts; they share the disk. Nothing can leave
-the machine: no host has a default route, and the machine itself has none to them. Everything hangs from this process:
-when it dies, however, the kernel ends every host, and with its last process a host's network and mounts are gone, too.
+Each host has its own name, network, processes, /tmp, /dev/shm, /run and /etc/hosts. They share the rest of the disk,
+and what this test, this repository and Python have in /tmp. Nothing can leave the machine: no host has a default route,
+and the machine itself has none to them. Everything hangs from this process: when it dies, however, the kernel ends
+every host, and with its last process a host's network and mounts are gone, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,25 +27,14 @@ from typing import Any, Self
 
 import psutil
 
+ROOT = Path(__file__).parents[2]
+BOOT = Path(__file__).with_name("boot.sh")
 CONTROLLER = "ctl"  # the host of SLURM's controller
 NEEDED = ("ip", "unshare", "nsenter", "setpriv", "tini", "iptables", "ssh", "ssh-keygen", "sshd", "pdsh", "munged",
           "slurmctld", "slurmd", "sbatch", "srun")  # fmt: skip
 PACKAGES = "iproute2 util-linux tini iptables openssh-client openssh-server pdsh munge slurmctld slurmd slurm-client"
+DAEMONS = {"tini", "sshd", "munged", "slurmd", "slurmctld", "slurmstepd", "slurmscriptd"}
 START_SECONDS, POLL_SECONDS = 30.0, 0.1
-
-# the first process of a host; $1 its name, $2 the folder with what is mounted over /etc
-BOOT = """
-set -e
-hostname "$1"
-mount -t tmpfs -o size=4g tmpfs /dev/shm
-mount -t tmpfs tmpfs /run
-mkdir -p /run/sshd /run/munge /run/slurm
-for file in hosts resolv.conf ssh/ssh_config; do mount --bind "$2/$file" "/etc/$file"; done
-mount --bind "$2/slurm" /etc/slurm
-ip link set lo up
-touch "$2/up.$1"
-exec tini -s -- sleep infinity
-"""
 
 SSH_CONFIG = """Host *
   IdentityFile {ssh}/key
@@ -139,6 +130,8 @@ class Cluster:
     def __init__(self, nodes: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.nodes = list(nodes)
         self._etc, self._slurm = folder / "etc", folder / "slurm"
+        shared = [path for path in (ROOT, Path(sys.prefix), folder) if path.is_relative_to("/tmp")]
+        self._shared_of_tmp = sorted({str(Path(*path.parts[:3])) for path in shared})
         sbin = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         self._environment = {**os.environ, **(environment or {}), "PATH": sbin}
         self._address = {CONTROLLER: "10.77.0.10"} | {
@@ -191,14 +184,23 @@ class Cluster:
 
     def processes(self, host: str) -> list[psutil.Process]:
         """All that run on a host, but for its first ones and the daemons of ssh and SLURM."""
-        daemons = {"tini", "sshd", "munged", "slurmd", "slurmctld", "slurmstepd"}
         found = []
         for process in self._members(host):
             with contextlib.suppress(psutil.NoSuchProcess):
                 is_idle = process.cmdline() == ["sleep", "infinity"]
-                if not is_idle and process.name() not in daemons and process.status() != psutil.STATUS_ZOMBIE:
+                if not is_idle and process.name() not in DAEMONS and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
+
+    def wait_until_idle(self) -> None:
+        """Fails if anything still runs on a host after a while, or if it has left files in /tmp or /dev/shm."""
+        def left() -> list[str]:
+            running = [f"{host}: {' '.join(p.cmdline())}" for host in self._init for p in self.processes(host)]
+            return running or [f"{host}: {path}" for host in self._init for path in self._files(host)]
+
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not left(), "nothing is left", START_SECONDS)
+        assert not left(), f"left: {left()}"
 
     # --- faults ----------------------------------------------------------------------------------------------------
     def crash(self, host: str) -> None:
@@ -269,7 +271,8 @@ class Cluster:
 
     def _boot(self, host: str) -> None:
         unshare = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        command = ["setpriv", "--pdeathsig", "KILL", *unshare, "bash", "-c", BOOT, "boot", host, str(self._etc)]
+        command = ["setpriv", "--pdeathsig", "KILL", *unshare, "bash", str(BOOT), host, str(self._etc),
+                   *self._shared_of_tmp]  # fmt: skip
         with (self._etc / f"console.{host}").open("wb") as console:
             holder = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=console, env=self._environment)
         self._holders[host] = holder
@@ -302,6 +305,11 @@ class Cluster:
         """Whatever is in the host's namespace of processes, wherever it was started from."""
         here = _namespace(self._init[host], "pid")
         return [process for process in psutil.process_iter() if _namespace(process.pid, "pid") == here]
+
+    def _files(self, host: str) -> list[str]:
+        """What the host has of its own in /tmp and /dev/shm."""
+        found = self.run(host, "find", "/tmp", "/dev/shm", "-mindepth", "1", "-mount", "-not", "-type", "d").split("\n")
+        return [path for path in found if path]
 
     def _end(self) -> None:
         for host in list(self._holders):

@@ -12,14 +12,6 @@ from tests.real_run import Start, runs_of_tiny
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-points", type=int, default=2, metavar="N",
                      help="how often test_exact_resume.py kills a process; 9 for each kind once")
-    parser.addoption("--long", action="store_true", help="also the tests marked long, which CI has no time for")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--long", default=False):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="`make faults` runs it"))
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,7 @@ def test_a_head_that_does_not_answer() -> None:
 @pytest.mark.parametrize("how", ["eof", "signal"])
 def test_it_ends_with_its_starter_and_leaves_nothing(tmp_path: Path, how: str) -> None:
     """`ray start` is replaced by a sleep: what is tested is its surroundings."""
+    token = tmp_path / "private/token"
     script = tmp_path / "start.py"
     script.write_text(
         "import sys\nfrom asa_dist.rollout import ray_hosts\n"
@@ -84,23 +85,38 @@ def test_it_ends_with_its_starter_and_leaves_nothing(tmp_path: Path, how: str) -
         "def command(options, address, folder):\n    print(folder, flush=True)\n    return ['sleep', '100']\n"
         "ray_hosts.start_command = command\n"
         "ray_hosts.socket.gethostbyname = lambda name: '10.0.0.1'\n"
-        "sys.exit(ray_hosts.main(['start', '--head', 'x:1', '--until-eof', '--name', 'asa-test']))\n",
+        "sys.exit(ray_hosts.main(['start', '--head', 'x:1', '--token-from-stdin', '--name', 'asa-test']))\n",
         encoding="utf-8")  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_TOKEN_PATH": str(token)})  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("secret\n")
+    process.stdin.flush()
     folder = Path(process.stdout.readline().strip())
     assert folder.parent == Path(ray_hosts.TEMP_FOLDER) and folder.stat().st_mode & 0o777 == 0o700
     assert folder.name.startswith("asa-test-")
+    assert token.read_text() == "secret\n" and token.stat().st_mode & 0o777 == 0o600
+    assert token.parent.stat().st_mode & 0o777 == 0o700
     if how == "eof":
         process.stdin.close()
     else:
         process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 0
-    assert not folder.exists()
+    assert not folder.exists() and not token.parent.exists()
     process.stdin.close()
     process.stdout.close()
+
+
+def test_a_token_is_not_put_where_others_may_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o755)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with (tmp_path / "stdin").open("wb+") as stdin:
+        monkeypatch.setattr(ray_hosts, "open", lambda *_, **__: stdin, raising=False)
+        told = pytest.raises(ClusterError, match="is there already, and not this user's alone")
+        with told, ray_hosts.token_of_stdin():
+            pass
+    assert not (tmp_path / "token").exists()
 
 
 def test_what_earlier_starts_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
