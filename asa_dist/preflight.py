@@ -37,7 +37,7 @@ from asa_dist.runtime.stopping import EXIT_BAD_CONFIG, EXIT_FAILED
 if TYPE_CHECKING:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its __all__
 
-BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and Adam's two moments in float32 (``parameter_state.KINDS``)
+BYTES_PER_PARAMETER = 12  # of a checkpoint: weight and Adam's two moments, float32 (``parameter_state.KINDS``)
 END_SECONDS = 5.0  # for the others to hear the end of it
 
 
@@ -163,13 +163,15 @@ class Preflight:
         import torch.distributed as dist
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        started = time.monotonic()
-        for backend in ("gloo", "nccl") if self._config.train.gpus else ("gloo",):
+        started, with_gpus = time.monotonic(), self._config.train.gpus > 0
+        # half of the time that is left; gloo tries to connect five times, and waits so long each time
+        seconds_of = {"gloo": self._seconds_left() / 10} | ({"nccl": self._seconds_left() / 2} if with_gpus else {})
+        for backend, timeout_seconds in seconds_of.items():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
             try:
                 dist.init_process_group(
                     backend, store=PrefixStore(backend, store), rank=self._rank, world_size=self._num_ranks,
-                    timeout=datetime.timedelta(seconds=self._seconds_left() / 2))  # fmt: skip
+                    timeout=datetime.timedelta(seconds=timeout_seconds))  # fmt: skip
                 total = torch.tensor([float(self._rank + 1)], device=device)
                 dist.all_reduce(total)
                 is_right = total.item() == self._num_ranks * (self._num_ranks + 1) / 2
@@ -280,7 +282,9 @@ class Preflight:
     def _leave(self, store: PrefixStore) -> None:
         """Rank 0 serves the store: it is the last to leave, of those that came."""
         store.set(f"gone/{self._rank}", "")
-        came = [rank for rank in range(self._num_ranks) if self._rank == 0 and store.check([f"host/{rank}"])]
+        if self._rank != 0:  # not a word more: the store may be gone
+            return
+        came = [rank for rank in range(self._num_ranks) if store.check([f"host/{rank}"])]
         deadline = time.monotonic() + END_SECONDS
         while not store.check([f"gone/{rank}" for rank in came]) and time.monotonic() < deadline:
             time.sleep(0.1)

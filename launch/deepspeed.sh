@@ -34,10 +34,10 @@ main() {
         "${trainers[@]}" "${rollouts[@]}" </dev/null &
     training=$!
     wait_for_ray
-    local options=(--run-dir "$run_dir" --ray-address "$ray_head")
+    local options=("$config" "${overrides[@]}" --run-dir "$run_dir" --ray-address "$ray_head")
     run_ranks asa_dist.preflight "${options[@]}" ${rollouts:+--rollout-hosts "${rollouts[@]}"}
     has_begun=yes
-    run_ranks asa_dist.train "$config" "${overrides[@]}" "${options[@]}" --resume
+    run_ranks asa_dist.train "${options[@]}" --resume
 }
 
 run_ranks() {  # run_ranks MODULE ARGUMENT …

@@ -84,8 +84,9 @@ def start(rank: int, port: int, *options: str) -> subprocess.Popen[str]:
     environment = os.environ | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "ASA_TRAINER_HOSTS": "node0 node1", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
+    command = [sys.executable, "-m", "asa_dist.preflight", "tests/tiny.yaml", "data.sources.0.path=README.md", *options]
     return subprocess.Popen(
-        [sys.executable, "-m", "asa_dist.preflight", "tests/tiny.yaml", "data.sources.0.path=README.md", *options], env=environment, text=True, stdout=subprocess.PIPE,
+        command, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE)  # fmt: skip
 
 

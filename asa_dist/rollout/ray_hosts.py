@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from asa_dist.rollout.cluster import ClusterError, connect, disconnect
-from asa_dist.runtime.stopping import EXIT_FAILED
 
 TEMP_FOLDER = "/tmp"  # not TMPDIR: the path of a socket is limited to 107 bytes, of which Ray needs 60
 LOCK = "lock"
@@ -255,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.action(options)
     except (ClusterError, socket.gaierror) as error:
         print(f"asa: {error}", file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        return 1
     return 0
 
 

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.cluster.cluster_run import CONFIG, OVERRIDES, ClusterRun
 from tests.cluster.hosts import ROOT, why_not_here
+from tests.conftest import describe, started_here
 
 EXIT_SECONDS = 15.0
 # of every command on a host: of this shell's environment Ray's token, for one, must not get there
@@ -28,13 +28,13 @@ def hosts_can_be_made() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_left_by_the_file(hosts_can_be_made: None) -> Iterator[None]:
-    yield from _nothing_left()
+def nothing_left_by_the_file(hosts_can_be_made: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield from _nothing_left(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_by_the_test(hosts_can_be_made: None) -> Iterator[None]:
-    yield from _nothing_left()
+def nothing_left_by_the_test(hosts_can_be_made: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield from _nothing_left(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
@@ -48,38 +48,16 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> ClusterRun:
     return run
 
 
-def _nothing_left() -> Iterator[None]:
-    """Processes, namespaces and mounts are what they were before. (Of files on a host: Cluster.wait_until_idle.)"""
-    before = _what_is_there()
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """Processes of this session, mounts on its folder. What is in a host's own namespaces: see Cluster."""
+    before = _what_is_there(folder)
     yield
     deadline = time.monotonic() + EXIT_SECONDS
-    while (left := _what_is_there() - before) and time.monotonic() < deadline:
+    while (left := _what_is_there(folder) - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left, f"left behind: {sorted(left)}"
 
 
-def _what_is_there() -> set[str]:
-    """A line for each. Of processes those that descend from this one, and all that are in another namespace."""
-    there = {f"mount {line}" for line in Path("/proc/mounts").read_text().splitlines()}
-    children = {process.pid for process in psutil.Process().children(recursive=True)}
-    own = _namespaces(os.getpid())
-    for pid in psutil.pids():
-        others = _namespaces(pid) - own
-        there |= {f"namespace {name}" for name in others}
-        if others or pid in children:
-            there.add(f"process {pid}")
-    return there - {f"process {pid}" for pid in children if _is_zombie(pid)}
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _namespaces(pid: int) -> set[str]:
-    try:
-        return {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("net", "pid", "mnt", "uts")}
-    except OSError:  # it has ended
-        return set()
+def _what_is_there(folder: Path) -> set[str]:
+    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
+    return {describe(process) for process in started_here()} | set(mounts)

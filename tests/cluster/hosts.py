@@ -139,6 +139,7 @@ class Cluster:
         }
         self._holders: dict[str, subprocess.Popen[bytes]] = {}  # by host: ends it when it ends
         self._init: dict[str, int] = {}  # by host: its first process, as seen from outside
+        self._namespaces: set[str] = set()  # of all hosts there have been
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -281,6 +282,7 @@ class Cluster:
         assert holder.poll() is None, f"{host} did not come up: {(self._etc / f'console.{host}').read_text()}"
         init = psutil.Process(holder.pid).children()[0].pid
         self._init[host] = init
+        self._namespaces |= _namespaces(init)
         self._on_switch("ip", "link", "add", f"v-{host}", "type", "veth", "peer", "name", "eth0", "netns", str(init))
         self._on_switch("ip", "link", "set", f"v-{host}", "master", "br0", "up")
         self.run(host, "ip", "addr", "add", f"{self._address[host]}/24", "dev", "eth0")
@@ -314,6 +316,8 @@ class Cluster:
     def _end(self) -> None:
         for host in list(self._holders):
             self._end_host(host)
+        left = [process for process in psutil.process_iter() if _namespaces(process.pid) & self._namespaces]
+        assert not left, f"still in a host's namespaces: {left}"
 
 
 def _namespace(pid: int, kind: str) -> str:
@@ -321,3 +325,8 @@ def _namespace(pid: int, kind: str) -> str:
         return os.readlink(f"/proc/{pid}/ns/{kind}")
     except OSError:  # it has ended
         return ""
+
+
+def _namespaces(pid: int) -> set[str]:
+    """A namespace, and what is mounted in it, goes with its last process."""
+    return {_namespace(pid, kind) for kind in ("net", "pid", "mnt", "uts")} - {""}

@@ -21,17 +21,17 @@ TOKEN = re.compile(r"[0-9a-f]{64}")
 
 
 class Launch(ClusterRun):
-    """launch/deepspeed.sh on node0, with node0 and node1 for training."""
+    """launch/deepspeed.sh, started on node0."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         super().__init__(folder / "run")
         self.cluster, self._folder = cluster, folder
         self.process: subprocess.Popen[bytes]
 
-    def start(self, rollout_hosts: str, *overrides: str) -> None:
+    def start(self, trainers: list[str], generating: list[str], *overrides: str) -> None:
         hosts, rollouts = self._folder / "hostfile", self._folder / "rollouts"
-        hosts.write_text("node0 slots=1\nnode1 slots=1  # the second one\n")
-        rollouts.write_text(rollout_hosts)
+        hosts.write_text("# those that train\n" + "".join(f"{host} slots=1\n" for host in trainers))
+        rollouts.write_text("".join(f"{host} slots=1\n" for host in generating))
         command = ["bash", str(ROOT / "launch/deepspeed.sh"), str(hosts), str(CONFIG), *OVERRIDES, *overrides,
                    "--rollout-hostfile", str(rollouts), "--run-dir", str(self.run_dir)]  # fmt: skip
         with (self._folder / "log").open("ab") as log:
@@ -66,7 +66,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
 def test_a_rollout_host_is_lost_for_good(launch: Launch, reference: ClusterRun) -> None:
     """The run goes on with the other one, and no worse; here until it is asked to end."""
-    launch.start("node2 slots=1\nnode3 slots=1\n", "rollout.workers=2", "train.steps=100000")
+    launch.start(["node0", "node1"], ["node2", "node3"], "rollout.workers=2", "train.steps=100000")
     launch.wait_for_step(2)
     assert_the_token_is_secret(launch)
     launch.cluster.crash("node3")
@@ -79,12 +79,24 @@ def test_a_rollout_host_is_lost_for_good(launch: Launch, reference: ClusterRun) 
 
 @pytest.mark.long
 def test_stopped_and_started_again(launch: Launch, reference: ClusterRun) -> None:
-    launch.start("node2 slots=1\n")
+    launch.start(["node0", "node1"], ["node2"])
     launch.wait_for_step(6)
     launch.interrupt()
     assert launch.wait() == 0, launch.log
     assert 6 <= len(launch.steps) < 20
-    launch.start("node2 slots=1\n")
+    launch.start(["node0", "node1"], ["node2"])
+    assert launch.wait() == 0, launch.log
+    launch.assert_same(reference)
+
+
+@pytest.mark.long
+def test_a_trainer_host_is_lost(launch: Launch, reference: ClusterRun) -> None:
+    """An error, not a hang; the same command, with another host in its place, goes on."""
+    launch.start(["node0", "node1"], ["node2"])
+    launch.wait_for_step(6)
+    launch.cluster.crash("node1")
+    assert launch.wait() not in (0, 2)
+    launch.start(["node0", "node3"], ["node2"])
     assert launch.wait() == 0, launch.log
     launch.assert_same(reference)
 
