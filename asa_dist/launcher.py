@@ -23,8 +23,9 @@ from pathlib import Path
 
 from asa_dist.config import Config, ConfigError
 from asa_dist.runtime.checkpoint_files import CheckpointFolder, list_checkpoints, newest_whole
+from asa_dist.runtime.ownership import TakenOver
 from asa_dist.runtime.run_lock import hold_run_folder
-from asa_dist.runtime.stopping import EXIT_ENDED_EARLY, SignalCatcher, ask_to_stop, tell
+from asa_dist.runtime.stopping import EXIT_ENDED_EARLY, EXIT_TAKEN_OVER, SignalCatcher, ask_to_stop, tell
 
 STOP_GRACE_SECONDS = 40.0  # the deepspeed launcher itself waits 30 s before it kills its ranks
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -136,19 +137,24 @@ def run_training(
 
     Returns:
         the exit code: 0 finished, or stopped as asked; 75 ended early, by `train.max_wall_time_minutes` or a signal
-        to a rank; 128 + n stopped at once by signal n; else that of the rank that failed.
+        to a rank; 76 a later start has taken over; 128 + n stopped at once by signal n; else that of the rank that
+        failed.
 
     Raises:
         ConfigError, DataError, ModelError, ClusterError: before any rank starts.
     """
     from asa_dist.rank_ray import object_store_bytes
     from asa_dist.rollout.cluster import start_local_ray
-    from asa_dist.run_folder import prepare_run_folder
+    from asa_dist.run_folder import is_fenced, prepare_run_folder
 
     num_parameters = count_model(config)["psi"]
     rollout = config.rollout
-    with StopOnSignal(run_dir) as stop, hold_run_folder(run_dir) as lock:
-        summary = prepare_run_folder(config, run_dir, resume=resume)
+    with StopOnSignal(run_dir) as stop, hold_run_folder(run_dir, fenced=is_fenced(config, run_dir)) as lock:
+        try:
+            summary = prepare_run_folder(config, run_dir, resume=resume, started_at=started_at)
+        except TakenOver as error:
+            print(f"asa: {error}", file=sys.stderr, flush=True)
+            return EXIT_TAKEN_OVER
         print(
             f"run folder {run_dir}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
             f"vocabulary {summary.vocab_size:,}\n"
@@ -212,6 +218,10 @@ def report_end(
         return 0
     if code == EXIT_ENDED_EARLY:
         print(f"ended early{after_step}; {go_on}", flush=True)
+        return code
+    if code == EXIT_TAKEN_OVER:
+        print(f"asa: another start has taken over {run_dir}, see above: the run goes on there, not here",
+              file=sys.stderr, flush=True)  # fmt: skip
         return code
     if killed_by is not None:
         print(f"asa: stopped at once; {go_on}", file=sys.stderr, flush=True)

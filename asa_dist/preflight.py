@@ -1,13 +1,14 @@
-"""Before the ranks of a run over several hosts start: does what they need hold everywhere? It takes a minute at most.
+"""Before the ranks of a run over several hosts start: does what they need hold everywhere?
 
     srun python -m asa_dist.preflight CONFIG --run-dir RUN --ray-address HOST:PORT --rollout-hosts node2
 
-Started as the ranks will be, with the same environment. Every rank tells rank 0 what it finds; rank 0 prints it.
+Started as the ranks will be, with the same environment. Every rank tells rank 0 what it finds; rank 0 prints it, a
+minute after all of them have met at the latest.
 
     meet      every rank reaches MASTER_ADDR:MASTER_PORT    a missing rank, a blocked port
     look      versions, own name, run folder, free disk     every host; those that only generate through Ray
     reduce    a sum over all ranks, and their clocks after  gloo, and NCCL if ranks have GPUs
-    Ray       4 MB to every other host and back             the token, and ports
+    Ray       4 MB to every other host and back             the token, ports, and room for the rollout workers
 
 What one part finds wrong with a host's name, its GPUs or the network, the next ones would only blame on others: then
 they are left out.
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from asa_dist.config import Config, ConfigError, load_config
 from asa_dist.runtime.host_facts import HostFacts, Verdict, look, odd_clocks
-from asa_dist.runtime.stopping import EXIT_BAD_CONFIG, EXIT_FAILED
+from asa_dist.runtime.stopping import EXIT_BAD_CONFIG, EXIT_ENDED_EARLY, EXIT_FAILED
 
 if TYPE_CHECKING:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its __all__
@@ -50,7 +51,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder, shared by all hosts")
     parser.add_argument("--ray-address", help="host:port of the run's Ray; without it Ray is not looked at")
     parser.add_argument("--rollout-hosts", nargs="*", default=[], metavar="HOST", help="that only generate")
-    parser.add_argument("--timeout-seconds", type=float, default=50.0, help="for all of it (default: 50)")
+    parser.add_argument("--start-timeout-seconds", type=float, default=120.0,
+                        help="for all ranks to meet: some import for longer than others (default: 120)")  # fmt: skip
+    parser.add_argument("--timeout-seconds", type=float, default=50.0, help="for all the rest (default: 50)")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -65,33 +68,55 @@ class Preflight:
         self._options, self._config, self._rank, self._num_ranks = options, config, rank, num_ranks
         self._host = socket.gethostname()
         self._started = time.monotonic()
+        self._timeout_seconds = self._deadline = 0.0  # see _start_clock
+        self._needed_bytes = 0  # by a checkpoint; rank 0 counts them
         self._verdict = Verdict()
 
     def run(self) -> int:
-        """Exit code: 0 ready; 1 not, on every rank."""
+        """Exit code, on every rank: 0 ready; 1 not, by the verdict; 75 somebody did not come, or went."""
+        self._load()
         from torch.distributed import DistError
 
         try:
             store = self._meet()
             probe = self._from_first(store, "probe", f".preflight-{secrets.token_hex(4)}")
-            found = self._look(store, probe)
-            is_fine = self._from_first(store, "hosts", not any(fact.problems for fact in found))
-            if is_fine and self._reduce(store):
-                found += self._try_ray(store, probe, found)
-            return self._end(store, probe, found)
+            self._start_clock(self._options.timeout_seconds)
+            try:
+                return self._judge(store, probe)
+            finally:
+                self._remove(probe)
         except NotReady as error:
             problem = str(error)
         except DistError as error:
             problem = f"{self._host}: rank 0 is gone ({_first_line(error)}): what does it say?"
         if problem:
             print(f"asa: preflight: rank {self._rank}: {problem}", file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        return EXIT_ENDED_EARLY  # a host that did not come may come the next time
+
+    def _judge(self, store: PrefixStore, probe: str) -> int:
+        found = self._look(store, probe)
+        is_fine = self._from_first(store, "hosts", not any(fact.problems for fact in found))
+        if is_fine and self._reduce(store):
+            found += self._try_ray(store, probe, found)
+        return self._end(store, probe, found)
 
     # --- the parts -----------------------------------------------------------------------------------------------
+    def _load(self) -> None:
+        """What takes long from a slow disk, for which no host is to blame: before any clock starts."""
+        import torch.distributed  # noqa: F401
+
+        from asa_dist.rollout.round_trip import import_ray
+
+        if self._options.ray_address:
+            import_ray()
+        if self._rank == 0:
+            self._needed_bytes = self._checkpoint_bytes()
+
     def _meet(self) -> PrefixStore:
         """All ranks at rank 0's store."""
         from asa_dist.runtime.rendezvous import open_store
 
+        self._start_clock(self._options.start_timeout_seconds)
         name, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         try:
             if self._rank != 0:
@@ -108,6 +133,8 @@ class Preflight:
             address = socket.gethostbyname(name)
             where = f"{name}:{port}" if address == name else f"{name}:{port}, here {address}"
             self._wait_for_all(store, "host", f"did not come to {where},")
+        else:  # anew: rank 0's clock is the first to run out, for it knows who is missing
+            self._start_clock(self._options.start_timeout_seconds)
         return store
 
     def _wait_for_port(self, host: str, port: int) -> None:
@@ -191,7 +218,7 @@ class Preflight:
         if not self._options.ray_address:
             return []
         from asa_dist.rollout.cluster import ClusterError, connect, disconnect
-        from asa_dist.rollout.round_trip import NUM_BYTES, RoundTrip, round_trip
+        from asa_dist.rollout.round_trip import NUM_BYTES, RoundTrip, round_trip, shortages
 
         problem, trip = "", RoundTrip({}, [], 0.0)
         try:
@@ -204,6 +231,7 @@ class Preflight:
             del others[self._host]
             if not problem:
                 trip = round_trip(others, self._look_here(probe), self._seconds_left() / 2)
+                problems += shortages(self._config.rollout)
             size = f"{NUM_BYTES / 1e6:g} MB to every host and back, {trip.seconds:.2f} s"
             self._verdict.add("Ray", size, [*problems, *trip.problems])
         disconnect()
@@ -214,34 +242,39 @@ class Preflight:
         """Rank 0 prints the verdict; all ranks end with it."""
         from asa_dist.rollout.ray_hosts import TEMP_FOLDER
 
-        run_dir = self._options.run_dir
         if self._rank == 0:
-            needed_bytes, problem = self._checkpoint_bytes()
-            self._verdict.add_hosts(found, run_dir, probe, TEMP_FOLDER, needed_bytes)
-            self._verdict.problems += [problem] if problem else []
+            self._verdict.add_hosts(found, self._options.run_dir, probe, TEMP_FOLDER, self._needed_bytes)
             headline = f"preflight of {self._num_ranks} ranks on {len({fact.host for fact in found})} hosts"
             print(self._verdict.text(headline, time.monotonic() - self._started), flush=True)
         is_ready = self._from_first(store, "verdict", not self._verdict.problems)
-        for path in run_dir.glob(f"{probe}.*") if run_dir.is_dir() else ():  # from every host: they may not share it
-            with contextlib.suppress(OSError):  # gone, or not to be changed from this one
-                path.unlink()
         self._leave(store)
         return 0 if is_ready else EXIT_FAILED
 
-    def _checkpoint_bytes(self) -> tuple[int, str]:
-        """(of weights and Adam's states, why that cannot be known)."""
+    def _remove(self, probe: str) -> None:
+        """On every rank: hosts may not share the run folder."""
+        run_dir = self._options.run_dir
+        for path in run_dir.glob(f"{probe}.*") if run_dir.is_dir() else ():
+            with contextlib.suppress(OSError):  # gone, or not to be changed from this host
+                path.unlink()
+
+    def _checkpoint_bytes(self) -> int:
+        """Of weights and Adam's states; 0, and a problem, if that cannot be known."""
         from asa_dist.launcher import count_model
         from asa_dist.runtime.data.errors import DataError
         from asa_dist.runtime.model import ModelError
 
         try:
-            return BYTES_PER_PARAMETER * sum(count_model(self._config).values()), ""
+            return BYTES_PER_PARAMETER * sum(count_model(self._config).values())
         except (DataError, ModelError) as error:
-            return 0, f"{self._host}: {error}"
+            self._verdict.problems.append(f"{self._host}: {error}")
+            return 0
 
     # --- telling each other --------------------------------------------------------------------------------------
+    def _start_clock(self, timeout_seconds: float) -> None:
+        self._timeout_seconds, self._deadline = timeout_seconds, time.monotonic() + timeout_seconds
+
     def _seconds_left(self) -> float:
-        return max(1.0, self._started + self._options.timeout_seconds - time.monotonic())
+        return max(1.0, self._deadline - time.monotonic())
 
     def _tell(self, store: PrefixStore, what: str, value: Any) -> list[Any]:
         """On rank 0 what every rank told; nothing on the others."""
@@ -255,25 +288,24 @@ class Preflight:
         """Rank 0's value, on every rank."""
         if self._rank == 0:
             store.set(what, json.dumps(value))
-        late = self._started + self._options.timeout_seconds + END_SECONDS
         while not store.check([what]):
             if store.check(["given up"]):
                 self._leave(store)
                 raise NotReady("")
-            if time.monotonic() > late:
+            if time.monotonic() > self._deadline + END_SECONDS:
                 raise NotReady(f"{self._host}: {self._name(store, 0)} was silent: what does it say?")
             time.sleep(0.1)
         return json.loads(store.get(what))
 
     def _wait_for_all(self, store: PrefixStore, what: str, complaint: str) -> None:
         while missing := [rank for rank in range(self._num_ranks) if not store.check([f"{what}/{rank}"])]:
-            if time.monotonic() > self._started + self._options.timeout_seconds:
+            if time.monotonic() > self._deadline:
                 names = [self._name(store, rank) for rank in range(self._num_ranks)]
                 store.set("given up", "")
                 self._leave(store)
                 raise NotReady(
                     f"{', '.join(names[rank] for rank in missing)} {complaint} within "
-                    f"{self._options.timeout_seconds:g} s, unlike "
+                    f"{self._timeout_seconds:g} s, unlike "
                     f"{', '.join(name for rank, name in enumerate(names) if rank not in missing)}. "
                     "What does that host say? Is it up, and every port open to it and from it?"
                 )
@@ -291,15 +323,16 @@ class Preflight:
 
     def _name(self, store: PrefixStore, rank: int) -> str:
         """For people: the host, too, as far as it is known."""
-        host = store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else _host_by_launcher(rank)
+        host = store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else ""
+        host = host or host_by_launcher(rank, self._num_ranks)
         return f"rank {rank}" + (f" ({host})" if host else "")
 
 
-def _host_by_launcher(rank: int) -> str:
-    """Of a rank that has not come: its host, if the launch script names the hosts in the order of their ranks."""
-    hosts = os.environ.get("ASA_TRAINER_HOSTS", "").split()
-    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return hosts[rank // per_host] if rank // per_host < len(hosts) else ""
+def host_by_launcher(rank: int, num_ranks: int) -> str:
+    """Of a rank that has not come: if the launch script names the hosts, and each has as many ranks as this one."""
+    hosts = os.environ.get("ASA_TRAINER_HOSTS", "").replace(",", " ").split()
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # the latter: deepspeed's
+    return hosts[rank // per_host] if len(hosts) * per_host == num_ranks else ""
 
 
 def _first_line(error: Exception) -> str:

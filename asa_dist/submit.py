@@ -20,7 +20,7 @@ from asa_dist.job_layout import JobLayout, counted, who_is_where
 TEMPLATE = Path(__file__).parent.parent / "launch/slurm/train.sbatch"
 SCRIPT, REVISION = "submit.sbatch", "revision.txt"  # in the run folder, beside config.yaml
 # before the time limit: what a step and a checkpoint may take, a tenth of the limit within these bounds
-MIN_WARNING_SECONDS, MAX_WARNING_SECONDS = 60, 600
+MIN_WARNING_SECONDS, MAX_WARNING_SECONDS = 120, 600
 SBATCH_TIMEOUT_SECONDS = 60.0
 # what sbatch takes for --time: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]
 TIME = re.compile(r"(?:(?P<days>\d+)-(?P<d_hours>\d+)(?::(?P<d_minutes>\d+)(?::\d+)?)?"
@@ -51,8 +51,8 @@ class JobRequest:
         for option, value in (("--partition", self.partition), ("--account", self.account)):
             if value is not None and not SLURM_NAME.fullmatch(value):
                 raise ConfigError(f"{option} {value!r}: a name has letters, digits and . , + - _ only")
-        if self.time_limit is not None and limit_minutes(self.time_limit) < 2:
-            raise ConfigError(f"--time {self.time_limit}: SLURM counts in minutes; a run needs 2 at least")
+        if self.time_limit is not None and limit_minutes(self.time_limit) < 5:
+            raise ConfigError(f"--time {self.time_limit}: a start takes a minute or two, so does an end: ask for 5")
 
     @property
     def warning_seconds(self) -> int:

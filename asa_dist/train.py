@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asa_dist.config import Config, ConfigError, build_config, load_config
-from asa_dist.runtime.stopping import ENDED_EARLY, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY, EXIT_FAILED, GO_ON, StopRequests
+from asa_dist.runtime.stopping import (
+    ENDED_EARLY,
+    EXIT_BAD_CONFIG,
+    EXIT_ENDED_EARLY,
+    EXIT_FAILED,
+    EXIT_TAKEN_OVER,
+    GO_ON,
+    StopRequests,
+)
 
 if TYPE_CHECKING:
     from asa_dist.rank import OpenRun, Rank
@@ -39,7 +47,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prepared", action="store_true", help="the run folder is prepared, and held by what starts the ranks"
     )
-    parser.add_argument("--started-at", type=float, metavar="SECONDS", help="Unix time at which the run was started")
+    parser.add_argument(
+        "--started-at", type=float, metavar="SECONDS", default=time.time(),
+        help="Unix time at which the run was started (default: now)",
+    )
     parser.add_argument("--ray-address", help="host:port of a running Ray; without it rank 0 starts one here")
     # the launcher's; we read LOCAL_RANK
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -108,7 +119,8 @@ def train(options: argparse.Namespace, config: Config, run_dir: Path, placement:
         parts.enter_context(stopping)
         join_process_group(placement, config.train.collective_timeout_seconds)
         if not options.prepared:
-            parts.enter_context(prepared_together(config, run_dir, placement.rank, options.resume))
+            parts.enter_context(prepared_together(
+                config, run_dir, placement.rank, resume=options.resume, started_at=options.started_at))  # fmt: skip
         ownership = taken_over_together(run_dir, placement.rank)
         watchdog = parts.enter_context(Watchdog(run_dir, placement.rank))
         try:
@@ -163,9 +175,10 @@ def _complain(error: Exception) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 finished or stopped by `asa train`, 1 failed, 2 the config cannot be used, 75 ended early."""
+    """Exit code: 0 finished or stopped by `asa train`, 1 failed, 2 the config cannot be used, 75 ended early,
+    76 a later start has taken over."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    started = time.monotonic() - (time.time() - options.started_at if options.started_at else 0.0)
+    started = time.monotonic() - (time.time() - options.started_at)
     try:
         config = load_config(options.config, options.overrides)
         if not config.train.gpus:
@@ -190,7 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, ModelError, CheckpointError) as error:
         _complain(error)
         return EXIT_BAD_CONFIG
-    except (TrainingError, RolloutsUnavailable, RolloutFailure, ClusterError, TakenOver, TimeoutError) as error:
+    except TakenOver as error:
+        _complain(error)
+        return EXIT_TAKEN_OVER
+    except (TrainingError, RolloutsUnavailable, RolloutFailure, ClusterError, TimeoutError) as error:
         print(f"asa: rank {placement.rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except RuntimeError as error:

@@ -214,7 +214,7 @@ class _UdasaRun:
 
         print(f"{found.name}: measuring {config.model.name_or_path}", flush=True)
         write_atomically(found.folder / "config.yaml", dump_config(config))
-        forget_stop_request(found.folder)
+        forget_stop_request(found.folder, self._started_at)
         command = [sys.executable, "-u", "-m", "asa_dist.measure", str(found.folder)]
         command += ["--policy-version", str(found.index), "--started-at", repr(self._started_at)]
         with StopOnSignal(found.folder, "what is measured is kept") as stop:
@@ -244,7 +244,7 @@ class _UdasaRun:
         was_asked = False
         if (step := found.last_step()) is None:
             is_resumed = found.has_trained or bool(list_checkpoints(found.folder))
-            prepare_round(config, found.folder)
+            prepare_round(config, found.folder, started_at=self._started_at)
             command = launcher_command(config, self._gpus, found.folder, is_resumed, self._started_at)
             with StopOnSignal(found.folder) as stop:
                 code = stop.run(command, rank_environment(config), lock, ends_with_us=True)

@@ -8,68 +8,77 @@
 # Interpreter, code and run folder are at the same place on all hosts. The same command again goes on with the run.
 set -euo pipefail
 
+readonly started_at=$EPOCHSECONDS
 # whoever is lost without a word is given up after 30 s; ssh by itself would wait for ever
 readonly ssh_options="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 readonly STOP_SECONDS=60                 # for Ray to be gone
 # of this environment; nothing secret, for it can be read on a command line
-readonly PASSED_ON='^(PYTHON.*|RAY_.*|GLOO_.*|NCCL_.*|HF_H.*|OMP_.*|DS_ACCELERATOR|LD_LIBRARY_PATH)$'
+readonly PASSED_ON='^(PYTHON.*|RAY_.*|GLOO_.*|NCCL_.*|HF_H.*|OMP_.*|DS_ACCELERATOR|LD_LIBRARY_PATH|ASA_TRAINER_HOSTS)$'
+readonly NOT_PASSED_ON='TOKEN$|PASSWORD|SECRET|KEY$'
 python=$(command -v python) || python=$(command -v python3)
 
 main() {
+    pipes=()
     parse "$@"
     trap clean_up EXIT
     trap 'stop 130' INT
     trap 'stop 143' TERM
+    trap 'stop 129' HUP
     trap : PIPE
     # a config that cannot be used is refused before anything starts
     "$python" -m asa_dist.cli train "$config" "${overrides[@]}" --run-dir "$run_dir" --dry-run >/dev/null
     mkdir -p "$run_dir"
+    resolve_config
     work=$(mktemp -d /tmp/asa-launch-XXXXXXXXXX)  # mode 700
     head=${trainers[0]}
     readonly port=$((20000 + RANDOM % 6000 * 2))  # below the ports that Linux hands out by itself
     readonly ray_head=$head:$((port + 1))
     write_environment
     start_ray_everywhere
-    on "$head" "$python" -m asa_dist.rollout.ray_hosts wait --head "$ray_head" --timeout-seconds 120 \
-        "${trainers[@]}" "${rollouts[@]}" </dev/null &
+    (
+        close_pipes
+        on "$head" "$python" -m asa_dist.rollout.ray_hosts wait --head "$ray_head" --timeout-seconds 120 \
+            "${trainers[@]}" "${rollouts[@]}" </dev/null
+    ) &
     training=$!
-    wait_for_ray
-    local options=("$config" "${overrides[@]}" --run-dir "$run_dir" --ray-address "$ray_head")
+    wait_for "${#ray[@]}"
+    local options=("$run_dir/launch.yaml" --run-dir "$run_dir" --ray-address "$ray_head")
     run_ranks asa_dist.preflight "${options[@]}" ${rollouts:+--rollout-hosts "${rollouts[@]}"}
     has_begun=yes
-    run_ranks asa_dist.train "${options[@]}" --resume
+    run_ranks asa_dist.train "${options[@]}" --resume --started-at "$started_at"
+}
+
+resolve_config() {  # for the ranks: pdsh would have every host's shell read the overrides, brackets and all
+    local partial=$run_dir/.launch.yaml.$$
+    "$python" -c 'import sys; from asa_dist.config import dump_config, load_config
+print(dump_config(load_config(sys.argv[1], sys.argv[2:])), end="")' "$config" "${overrides[@]}" >"$partial"
+    mv "$partial" "$run_dir/launch.yaml"
 }
 
 run_ranks() {  # run_ranks MODULE ARGUMENT …
-    # a session of its own: at the first Ctrl-C the launcher would kill every DeepSpeed run of this user on these hosts
-    PDSH_SSH_ARGS_APPEND=$ssh_options DS_ENV_FILE=$work/environment setsid "$python" -m deepspeed.launcher.runner \
-        --hostfile "$hostfile" --force_multi --master_addr "$head" --master_port "$port" --no_local_rank \
-        --module "$@" &
+    (
+        close_pipes
+        # a session of its own: at the first Ctrl-C the launcher would kill every DeepSpeed run of this user there
+        PDSH_SSH_ARGS_APPEND=$ssh_options DS_ENV_FILE=$work/environment exec setsid \
+            "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --force_multi --master_addr "$head" \
+            --master_port "$port" --no_local_rank --module "$@"
+    ) &
     training=$!
-    wait_for_training
+    wait_for "${#trainers[@]}"  # one that only generates may be lost
 }
 
-wait_for_ray() {  # until what waits for all hosts has ended; Ray ending on any host is the end of it, too
-    local index hosts=("${trainers[@]}" "${rollouts[@]}")
+wait_for() {  # wait_for NUMBER: for $training; the end of Ray on one of the first so many hosts is its end, too
+    local code=0 index hosts=("${trainers[@]}" "${rollouts[@]}")
     while kill -0 "$training" 2>/dev/null; do
-        for index in "${!ray[@]}"; do
+        for ((index = 0; index < $1; index++)); do
             if ! kill -0 "${ray[index]}" 2>/dev/null; then
-                echo "asa: no Ray on ${hosts[index]}: see above" >&2
+                echo "asa: ${hosts[index]} is lost, or Ray has ended there: see above" >&2
                 return 1
             fi
         done
         sleep 1
     done
-    wait_for_training
-}
-
-wait_for_training() {  # signals to this script interrupt a wait
-    local code
-    while true; do
-        code=0
-        wait "$training" || code=$?
-        kill -0 "$training" 2>/dev/null || break
-    done
+    wait "$training" || code=$?
     training=
     return "$code"
 }
@@ -78,7 +87,7 @@ wait_for_training() {  # signals to this script interrupt a wait
 stop() {  # the first signal asks for a checkpoint and the end, the next one ends all at once
     if [[ -z ${has_begun:-} || -n ${is_stopping:-} ]]; then exit "$1"; fi
     is_stopping=yes
-    echo "launch/deepspeed.sh" >"$run_dir/stop"
+    echo "launch/deepspeed.sh" >"$run_dir/stop" || touch "$run_dir/stop"  # a full disk has room for an empty file
     echo "asa: finishing the step and writing a checkpoint (once more to stop at once)" >&2
 }
 
@@ -89,12 +98,15 @@ usage() {
 }
 
 parse() {
-    local positional=() file twice
+    local positional=() file twice line
     overrides=() rollout_hostfile="" run_dir=""
     while (($# > 0)); do
         case $1 in
-            --rollout-hostfile) rollout_hostfile=${2:-} && shift ;;
-            --run-dir) run_dir=${2:-} && shift ;;
+            --rollout-hostfile | --run-dir)
+                (($# > 1)) || usage "$1 needs a value"
+                if [[ $1 == --run-dir ]]; then run_dir=$2; else rollout_hostfile=$2; fi
+                shift
+                ;;
             -*) usage "unknown option $1" ;;
             *=*) overrides+=("$1") ;;
             *) positional+=("$1") ;;
@@ -109,8 +121,13 @@ parse() {
     run_dir=$(realpath -m "${run_dir:-runs/$(basename "${config%.*}")}")
     mapfile -t trainers < <(lines_of "$hostfile" | awk '{print $1}')
     rollouts=()
-    if [[ -n $rollout_hostfile ]]; then mapfile -t rollouts < <(lines_of "$rollout_hostfile" | awk '{print $1}'); fi
+    if [[ -n $rollout_hostfile ]]; then
+        ! line=$(lines_of "$rollout_hostfile" | grep -Ev '[[:space:]]slots=[0-9]+([[:space:]]|$)') \
+            || usage "$rollout_hostfile: no slots=N in: $line"
+        mapfile -t rollouts < <(lines_of "$rollout_hostfile" | awk '{print $1}')
+    fi
     ((${#trainers[@]} > 0)) || usage "no host in $hostfile"
+    [[ $run_dir =~ ^[A-Za-z0-9_./+@:,-]+$ ]] || usage "run folder $run_dir: not all its characters reach every host"
     twice=$(printf '%s\n' "${trainers[@]}" "${rollouts[@]}" | sort | uniq -d | grep .) || true
     [[ -z $twice ]] || usage "named twice in the hostfiles: $twice"
 }
@@ -123,10 +140,13 @@ value_of() {  # value_of KEY LINE: of "slots=8" in a line of a hostfile; 0 if it
 
 write_environment() {  # what DeepSpeed and ssh do not pass on by themselves; they put it on command lines: no secret
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$work/token RAY_USAGE_STATS_ENABLED=0 RAY_IGNORE_UNHANDLED_ERRORS=1
-    unset RAY_AUTH_TOKEN
+    ASA_TRAINER_HOSTS=$(IFS=, && echo "${trainers[*]}")  # for messages
+    export ASA_TRAINER_HOSTS
     environment=()
     local name
-    for name in $(compgen -e | grep -E "$PASSED_ON"); do environment+=("$name=${!name}"); done
+    for name in $(compgen -e | grep -E "$PASSED_ON" | grep -Ev "$NOT_PASSED_ON"); do
+        environment+=("$name=${!name}")
+    done
     printf '%s\n' "${environment[@]}" >"$work/environment"
 }
 
@@ -138,7 +158,7 @@ on() {  # on HOST COMMAND … &: by ssh, in this folder, with the environment of
 start_ray_everywhere() {
     local line cpus=0
     token=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
-    ray=() pipes=()
+    ray=()
     while read -r line <&3; do
         if [[ -z $rollout_hostfile ]]; then cpus=$(value_of slots "$line"); fi
         start_ray "${line%%[[:space:]]*}" "$cpus" 0
@@ -154,14 +174,19 @@ start_ray() {  # start_ray HOST CPUS GPUS
     local pipe="$work/${#pipes[@]}"
     mkfifo -m 600 "$pipe"
     (
-        for descriptor in "${pipes[@]}"; do exec {descriptor}>&-; done
+        close_pipes
         on "$1" "$python" -m asa_dist.rollout.ray_hosts start --head "$ray_head" --num-cpus "$2" --num-gpus "$3" \
             --gpus-per-host "$3" --token-from-stdin <"$pipe"
     ) &
     ray+=($!)
     exec {pipe}>"$pipe"  # the token goes in here; a host's Ray ends when this script does, however: then it is closed
-    echo "$token" >&"$pipe" || true  # ssh has ended already: wait_for_ray says so
+    echo "$token" >&"$pipe" || true  # ssh has ended already: wait_for says so
     pipes+=("$pipe")
+}
+
+close_pipes() {  # of this shell, or of a child that must not hold them
+    local pipe
+    for pipe in "${pipes[@]}"; do exec {pipe}>&-; done
 }
 
 # shellcheck disable=SC2329  # called by a trap
@@ -169,7 +194,7 @@ clean_up() {
     local code=$? second
     trap '' INT TERM
     if [[ -n ${training:-} ]]; then kill -TERM "$training" 2>/dev/null || true; fi
-    for pipe in "${pipes[@]:-}"; do if [[ -n $pipe ]]; then exec {pipe}>&-; fi; done
+    close_pipes
     for ((second = 0; second < STOP_SECONDS; second++)); do
         [[ -n $(jobs -rp) ]] || break
         sleep 1

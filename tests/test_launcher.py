@@ -16,7 +16,8 @@ import torch
 
 from asa_dist import launcher
 from asa_dist.config import Config, ConfigError, load_config
-from asa_dist.launcher import GpuAssignment, StopOnSignal, assign_gpus, launcher_command, report_end
+from asa_dist.launcher import GpuAssignment, StopOnSignal, assign_gpus, launcher_command, report_end, run_training
+from asa_dist.runtime.ownership import take_over
 from asa_dist.train import parse_arguments
 from tests.run_folders import write_checkpoint, write_run
 
@@ -204,6 +205,7 @@ STEP_4 = "last checkpoint: {}/checkpoints/step-00000004; go on with: asa resume 
     (-9, signal.SIGINT, 4, 130, "asa: stopped at once; " + STEP_4),
     (-9, signal.SIGTERM, None, 143, "asa: stopped at once; " + NO_CHECKPOINT),
     (1, None, 4, 1, "asa: the run failed (exit code 1); " + STEP_4),
+    (76, None, 4, 76, "asa: another start has taken over {}, see above: the run goes on there, not here\n"),
     (247, None, 4, 247, "asa: the run failed (a rank was ended by signal 9); " + STEP_4),
     (-15, None, 4, 143, "asa: the run failed (the launcher was ended by signal 15); " + STEP_4),
 ])
@@ -248,3 +250,15 @@ def test_a_failed_run_names_the_stacks_that_were_dumped(tmp_path: Path, capsys: 
     (stacks / "rank-1.txt").write_text("rank 1\nThread 0x1 (most recent call first):\n", encoding="utf-8")
     report_end(1, None, tmp_path, num_steps=5)
     assert f"(exit code 1; stacks: {stacks / 'rank-1.txt'})" in capsys.readouterr().err
+
+
+def test_an_earlier_start_of_a_job_that_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    owner = take_over(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_training(load_config(QUICKSTART), tmp_path, GpuAssignment((), ()), resume=True, started_at=0.0) == 76
+    assert capfd.readouterr().err.startswith("asa: SLURM has started this job anew since: process ")
+    assert list(tmp_path.iterdir()) == [owner.folder]

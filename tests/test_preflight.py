@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asa_dist.launcher import free_port
-from asa_dist.preflight import BYTES_PER_PARAMETER
+from asa_dist.preflight import BYTES_PER_PARAMETER, host_by_launcher
 from asa_dist.runtime.host_facts import (
     PACKAGES,
     HostFacts,
@@ -23,8 +23,9 @@ from asa_dist.runtime.host_facts import (
     too_full_for_ray,
     unseen,
 )
+from asa_dist.runtime.rendezvous import open_store
 
-DEADLINE_SECONDS = 100
+DEADLINE_SECONDS = 250  # for a hang, not for a slow machine
 VERSIONS = dict.fromkeys(("python", *PACKAGES), "1.0")
 FACTS = [HostFacts(f"node{n}", f"10.0.0.{n}", VERSIONS, "", 10**12, 0.5, 10**10, []) for n in range(3)]
 
@@ -83,7 +84,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def start(rank: int, port: int, *options: str) -> subprocess.Popen[str]:
     environment = os.environ | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ASA_TRAINER_HOSTS": "node0 node1", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
+        "MASTER_PORT": str(port), "ASA_TRAINER_HOSTS": "node0,node1", "LOCAL_WORLD_SIZE": "1"}  # fmt: skip
     command = [sys.executable, "-m", "asa_dist.preflight", "tests/tiny.yaml", "data.sources.0.path=README.md", *options]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE,
@@ -108,13 +109,43 @@ def test_two_ranks_get_the_same_verdict(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
-    code, _, err = outcome(start(0, free_port(), "--run-dir", str(tmp_path), "--timeout-seconds", "5"))
-    assert code == 1 and "rank 1 (node1) did not come to 127.0.0.1:" in err and "within 5 s, unlike rank 0 (" in err
+    code, _, err = outcome(start(0, free_port(), "--run-dir", str(tmp_path), "--start-timeout-seconds", "10"))
+    assert code == 75 and "rank 1 (node1) did not come to 127.0.0.1:" in err and "within 10 s, unlike rank 0 (" in err
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({"ASA_TRAINER_HOSTS": "node0 node1", "LOCAL_WORLD_SIZE": "2"}, ["node0", "node0", "node1", "node1"]),  # srun
+    ({"ASA_TRAINER_HOSTS": "node0,node1", "LOCAL_SIZE": "2"}, ["node0", "node0", "node1", "node1"]),  # deepspeed
+    ({"ASA_TRAINER_HOSTS": "node0,node1", "LOCAL_SIZE": "1"}, [""] * 4),  # one of them has three: which?
+    ({}, [""] * 4),
+])
+def test_the_host_of_a_rank_that_does_not_come(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: list[str]
+) -> None:
+    for name in ("ASA_TRAINER_HOSTS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert [host_by_launcher(rank, 4) for rank in range(4)] == expected
+
+
+def test_a_rank_that_comes_and_is_silent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    process = start(0, port, "--run-dir", str(tmp_path), "--timeout-seconds", "3")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    store = open_store("preflight", 1, 2, DEADLINE_SECONDS)
+    for key in ("gone/1", "host/1"):  # it is not waited for at the end
+        store.set(key, "node9")
+    code, _, err = outcome(process)
+    assert code == 75
+    assert "rank 1 (node9) came, but did not get through with a look at its host within 3 s, unlike rank 0 (" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_port_that_does_not_answer_is_named(tmp_path: Path) -> None:
-    code, _, err = outcome(start(1, free_port(), "--run-dir", str(tmp_path), "--timeout-seconds", "3"))
-    assert code == 1 and "does not reach rank 0 at 127.0.0.1:" in err
+    code, _, err = outcome(start(1, free_port(), "--run-dir", str(tmp_path), "--start-timeout-seconds", "3"))
+    assert code == 75 and "does not reach rank 0 at 127.0.0.1:" in err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

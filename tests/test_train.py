@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from asa_dist import rank as rank_module
+from asa_dist import train as train_module
 from asa_dist.asa_parts import doubtful_settings
 from asa_dist.config import Config, ConfigError, load_config
 from asa_dist.rank import Rank, announce, open_recorder
@@ -114,6 +115,20 @@ def test_a_start_that_is_replaced_while_it_opens_its_logs(tmp_path: Path) -> Non
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7], f"step {number} on the disk"
         assert [row.get("by") for row in rows[5:]] == ["the other one"] * 2
     assert len(told) > 5 and all("another start of this run (process " in message for message in told)
+
+
+def test_a_start_that_is_replaced_has_an_exit_code_of_its_own(
+    environment: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Who started it is not to start it again."""
+
+    def end(*_: object) -> int:
+        raise TakenOver("another start took over")
+
+    environment(TORCH)
+    monkeypatch.setattr(train_module, "train", end)
+    assert train_module.main([str(QUICKSTART)]) == 76
+    assert capfd.readouterr().err == "asa: another start took over\n"
 
 
 # --- who starts a rank --------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import os
 import select
 import shutil
@@ -30,8 +31,11 @@ from asa_dist.rollout.cluster import ClusterError, connect, disconnect
 
 TEMP_FOLDER = "/tmp"  # not TMPDIR: the path of a socket is limited to 107 bytes, of which Ray needs 60
 LOCK = "lock"
+TOKENS = "asa-launch-*/token"  # of launch/deepspeed.sh, in TEMP_FOLDER
+DEVICE_FOLDER = "/dev"
 STOP_GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.5
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h, as of a run that is to be started again
 ENVIRONMENT = {
     # a lost host is noticed after 8 to 12 s, Ray's own settings take a minute; 5 s without network are survived
     "RAY_health_check_initial_delay_ms": "1000",
@@ -41,6 +45,22 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 would let the trainer starve the actors it waits for
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+class HostMissing(ClusterError):
+    """A host did not come in time: the next start may find all of them there, or be on others."""
+
+
+def address_of(host: str) -> str:
+    """
+    Raises:
+        ClusterError: the name leads nowhere.
+    """
+    try:
+        return socket.gethostbyname(host)
+    except (OSError, UnicodeError) as error:  # the latter: not even the form of a name
+        raise ClusterError(f"host {host}: its name leads nowhere from {socket.gethostname()} ({error}): is it spelt as "
+                           "in /etc/hosts or DNS? An alias of ssh alone is not enough") from None
 
 
 def own_address() -> str:
@@ -66,18 +86,25 @@ def ray_gpus(num_gpus: int, gpus_per_host: int) -> list[str]:
     Raises:
         ClusterError: what the launcher shows of this host's GPUs is not what the job was made for.
     """
+    made_for = f"host {socket.gethostname()}: the job is made for {gpus_per_host} GPUs per node"
+    advice = "ask for as many GPUs as there are"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(index) for index in range(gpus_per_host)]
-    if len(gpus) != gpus_per_host:
-        raise ClusterError(f"host {socket.gethostname()}: the job is made for {gpus_per_host} GPUs per node, but here "
-                           f"CUDA_VISIBLE_DEVICES = {visible}: ask for as many GPUs as there are")
+    if visible is None:  # all of them
+        found = len(list(Path(DEVICE_FOLDER).glob("nvidia[0-9]*")))
+        if 0 < found < gpus_per_host:  # 0: they may be of another kind
+            raise ClusterError(f"{made_for}, but this one has {found} ({DEVICE_FOLDER}/nvidia*): {advice}")
+        gpus = [str(index) for index in range(gpus_per_host)]
+    else:
+        gpus = visible.split(",") if visible else []
+        if len(gpus) != gpus_per_host:
+            raise ClusterError(f"{made_for}, but here CUDA_VISIBLE_DEVICES = {visible or '(empty: none)'}: {advice}")
     return gpus[gpus_per_host - num_gpus :]
 
 
 def start_command(options: argparse.Namespace, address: str, folder: str) -> list[str]:
     """`ray start` for this host: the head's, if it is the head."""
     head, _, port = options.head.rpartition(":")
-    is_head = socket.gethostbyname(head) == address
+    is_head = address_of(head) == address
     here = ["--head", f"--port={port}", "--include-dashboard=false"] if is_head else [f"--address={options.head}"]
     return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *here, f"--node-ip-address={address}",
             f"--num-cpus={options.num_cpus}", f"--num-gpus={options.num_gpus}", f"--temp-dir={folder}",
@@ -86,13 +113,14 @@ def start_command(options: argparse.Namespace, address: str, folder: str) -> lis
 
 def _wait_for_head(options: argparse.Namespace, is_asked_to_end: Callable[[], bool] = lambda: False) -> None:
     host, _, port = options.head.rpartition(":")
+    address_of(host)  # else it would be looked up again and again
     deadline = time.monotonic() + options.timeout_seconds
     while not is_asked_to_end():
         try:
             return socket.create_connection((host, int(port)), timeout=5.0).close()
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ClusterError(
+                raise HostMissing(
                     f"host {socket.gethostname()}: no answer from Ray's head {options.head} within "
                     f"{options.timeout_seconds:g} s: {error}. What does that host say? Is the port open to it?"
                 ) from None
@@ -133,14 +161,27 @@ def token_of_stdin() -> Iterator[None]:
     made = path.parent.lstat()
     if made.st_uid != os.geteuid() or made.st_mode != stat.S_IFDIR | 0o700:
         raise ClusterError(f"host {socket.gethostname()}: {path.parent} is there already, and not this user's alone")
+    file = _held(path, token)
     try:
-        with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(token)
         yield
     finally:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the launch script's own is there, too
-            path.parent.rmdir()
+        os.close(file)
+        _remove_token(path)
+
+
+def _held(path: Path, content: bytes = b"") -> int:
+    """A new file for this user only, locked before anybody can see it; until the descriptor is closed."""
+    file, part = tempfile.mkstemp(dir=path.parent)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    os.write(file, content)
+    os.rename(part, path)
+    return file
+
+
+def _remove_token(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the launch script's own files are there, too
+        path.parent.rmdir()
 
 
 def _run_ray(options: argparse.Namespace, is_asked_to_end: Callable[[], bool]) -> None:
@@ -148,14 +189,14 @@ def _run_ray(options: argparse.Namespace, is_asked_to_end: Callable[[], bool]) -
     environment = os.environ | ENVIRONMENT
     if options.gpus_per_host:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(ray_gpus(options.num_gpus, options.gpus_per_host))
-    if socket.gethostbyname(options.head.rpartition(":")[0]) != address:
+    if address_of(options.head.rpartition(":")[0]) != address:
         _wait_for_head(options, is_asked_to_end)
     remove_leftovers()
     folder = tempfile.mkdtemp(prefix=f"{options.name}{_of_this_host()}", dir=TEMP_FOLDER)
     log = Path(folder, "start.log")
     ray: subprocess.Popen[bytes] | None = None
     try:
-        fcntl.flock(os.open(Path(folder, LOCK), os.O_CREAT | os.O_WRONLY), fcntl.LOCK_EX)  # until this process ends
+        _held(Path(folder, LOCK))  # until this process ends
         with log.open("wb") as output:
             ray = subprocess.Popen(start_command(options, address, folder), stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, env=environment)  # fmt: skip
@@ -172,15 +213,32 @@ def _run_ray(options: argparse.Namespace, is_asked_to_end: Callable[[], bool]) -
 
 
 def remove_leftovers() -> None:
-    """Folders of this user's earlier starts on this host that had no time to end, as SLURM gives them none."""
-    for folder in Path(TEMP_FOLDER).glob(f"asa-*{_of_this_host()}*"):
-        with contextlib.suppress(OSError), (folder / LOCK).open("rb") as lock:  # that of another user, or in use
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
+    """Folders and tokens of this user's earlier starts that had no time to end, as SLURM gives them none."""
+    for lock in Path(TEMP_FOLDER).glob(f"asa-*{_of_this_host()}*/{LOCK}"):
+        if _is_left(lock):
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    for token in Path(TEMP_FOLDER).glob(TOKENS):
+        if _is_left(token):
+            _remove_token(token)
+
+
+def _is_left(path: Path) -> bool:
+    """Whether a file, and its folder, are this user's, and no process holds it any more."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # not to be opened, or held
+        # anybody may have put anything there: opening a pipe would wait for ever
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        stack.callback(os.close, file)
+        folder, found = path.parent.lstat(), os.fstat(file)
+        is_own = folder.st_uid == found.st_uid == os.geteuid()
+        if is_own and stat.S_ISDIR(folder.st_mode) and stat.S_ISREG(found.st_mode):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 def _of_this_host() -> str:
-    return f"-{socket.gethostname()[:12]}-"  # hosts may share even this folder
+    """Hosts may share even TEMP_FOLDER; short, for it is part of paths of sockets."""
+    return f"-{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}-"
 
 
 def _is_at_end_of_stdin() -> bool:
@@ -201,12 +259,12 @@ def wait(options: argparse.Namespace) -> None:
     """Until every host is in this Ray; prints what Ray may use on each.
 
     Raises:
-        ClusterError: the head does not answer, or a host is still missing at the deadline.
+        ClusterError: a name leads nowhere, the head does not answer, or a host is still missing at the deadline.
     """
     import ray
 
     started = time.monotonic()
-    address_by_host = {host: socket.gethostbyname(host) for host in options.hosts}
+    address_by_host = {host: address_of(host) for host in options.hosts}
     _wait_for_head(options)
     connect(options.head)
     try:
@@ -216,9 +274,9 @@ def wait(options: argparse.Namespace) -> None:
             if not missing:
                 break
             if time.monotonic() - started > options.timeout_seconds:
-                raise ClusterError(f"no Ray on {', '.join(missing)} after {options.timeout_seconds:g} s, only on "
-                                   f"{len(nodes)} of {len(address_by_host)} hosts: is that host up, and does its name "
-                                   "lead to the others?")
+                raise HostMissing(f"no Ray on {', '.join(missing)} after {options.timeout_seconds:g} s, but on "
+                                  f"{len(address_by_host) - len(missing)} of the {len(address_by_host)} hosts that it "
+                                  "is to be on: is that host up, and does its name lead to the others?")
             time.sleep(POLL_SECONDS)
     finally:
         disconnect()
@@ -248,13 +306,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 ended as asked, or all hosts are there; 1 with a message."""
+    """Exit code: 0 ended as asked, or all hosts are there; with a message 75: one did not come in time, 1: else."""
     options = parse_arguments(arguments)
     try:
         options.action(options)
-    except (ClusterError, socket.gaierror) as error:
+    except ClusterError as error:
         print(f"asa: {error}", file=sys.stderr, flush=True)
-        return 1
+        return EXIT_TRY_AGAIN if isinstance(error, HostMissing) else 1
     return 0
 
 

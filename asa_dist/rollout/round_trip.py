@@ -1,4 +1,7 @@
-"""Whether bytes get from this process to every host of a Ray and back: for the preflight."""
+"""Whether a Ray is enough for a run: room for the rollout workers, and bytes from this process to every host and back.
+
+In the Ray that this process is connected to.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from asa_dist.config import RolloutConfig
+from asa_dist.rollout.cluster import ClusterError
+from asa_dist.rollout.ray_hosts import address_of
 
 NUM_BYTES = 4_000_000  # each way: large enough for the object store
 
@@ -22,8 +29,26 @@ class RoundTrip:
     seconds: float  # of the slowest host
 
 
+def import_ray() -> None:
+    """It takes long from a slow disk: for those who have a deadline later."""
+    import ray  # noqa: F401
+
+
+def shortages(rollout: RolloutConfig) -> list[str]:
+    """What the rollout workers need and all hosts together do not have."""
+    import ray
+
+    total = ray.cluster_resources()
+    return [
+        f"{rollout.workers} rollout workers x {per_worker} {resource} need more than the {total.get(resource, 0):g} "
+        f"{resource} that Ray has: lower rollout.workers"
+        for resource, per_worker in (("CPU", rollout.threads_per_worker), ("GPU", rollout.gpus_per_worker))
+        if rollout.workers * per_worker > total.get(resource, 0)
+    ]
+
+
 def round_trip(hosts: Iterable[str], look: Callable[[], Any], timeout_seconds: float) -> RoundTrip:
-    """In the Ray that this process is connected to: to all hosts at the same time.
+    """To all hosts at the same time.
 
     Args:
         hosts: names that lead to the addresses at which Ray knows them.
@@ -36,12 +61,16 @@ def round_trip(hosts: Iterable[str], look: Callable[[], Any], timeout_seconds: f
     node_ids = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
     problems, node_of = [], {}
     for host in hosts:
-        address = _address(host)
+        try:
+            address = address_of(host)
+        except ClusterError as error:
+            problems.append(str(error))
+            continue
         if address in node_ids:
             node_of[host] = node_ids[address]
         else:
             is_there = f"Ray is on {', '.join(sorted(node_ids))}"
-            problems.append(f"{host}: no Ray runs there ({is_there}; the name means {address or 'nothing'} here)")
+            problems.append(f"{host}: no Ray runs there ({is_there}; the name means {address} here)")
     sent = np.random.default_rng(0).integers(0, 256, NUM_BYTES, np.uint8)
     reference = ray.put(sent)
     calls = {
@@ -68,13 +97,6 @@ def round_trip(hosts: Iterable[str], look: Callable[[], Any], timeout_seconds: f
             if not np.array_equal(sent, returned):
                 problems.append(f"{host}: other bytes came back than were sent")
     return RoundTrip(seen, problems, seconds)
-
-
-def _address(host: str) -> str:
-    try:
-        return socket.gethostbyname(host)
-    except OSError:
-        return ""
 
 
 def _answer(sent: np.ndarray, look: Callable[[], Any]) -> tuple[Any, np.ndarray]:

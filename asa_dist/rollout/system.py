@@ -15,6 +15,7 @@ from asa_dist.rollout.calls import RolloutTimeout, wait_for
 from asa_dist.rollout.cluster import ClusterError
 from asa_dist.rollout.coordinator import Coordinator, RolloutFailure
 from asa_dist.rollout.engine import SamplingConfig
+from asa_dist.rollout.round_trip import shortages
 from asa_dist.rollout.supervisor import Supervisor
 from asa_dist.rollout.worker import EngineBuilder, RolloutWorker, build_engine
 
@@ -49,11 +50,8 @@ class RolloutSystem:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         rollout = sampling.rollout
-        total = ray.cluster_resources()
-        for resource, per_worker in (("CPU", rollout.threads_per_worker), ("GPU", rollout.gpus_per_worker)):
-            if rollout.workers * per_worker > total.get(resource, 0):
-                raise ClusterError(f"{rollout.workers} rollout workers x {per_worker} {resource} need more than the "
-                                   f"{total.get(resource, 0):g} {resource} that Ray has: lower rollout.workers")
+        if problems := shortages(rollout):
+            raise ClusterError("; ".join(problems))
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         coordinator = ray.remote(Coordinator).options(  # on this host: the loss of another one is no loss of it
             name=COORDINATOR_NAME, namespace=run_name, num_cpus=0, scheduling_strategy=here,

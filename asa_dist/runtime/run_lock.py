@@ -1,6 +1,10 @@
 """One process at a time works on a run folder: RUN/.lock, held as long as anything may be written there.
 
 The kernel drops the lock (flock) when its last holder ends, however that ends; a file left behind means nothing.
+
+A host that SLURM has lost may hold it on, from a file system that all hosts share. A later start of the same job takes
+over then, with a lock file of its own in the place of that one, but only where nothing that both write counts: see
+``fenced``.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import socket
 import sys
 import time
@@ -17,10 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from asa_dist.config import ConfigError
+from asa_dist.runtime.ownership import JobStart
 
 LOCK_FILE = ".lock"
+NEXT_LOCK_FILE = ".lock.next"  # of who takes over
 PATIENCE_SECONDS = 1.0  # `lock_holder` holds the lock for a moment, too
 ENDING_PATIENCE_SECONDS = 30.0  # what a killed process has started ends by itself
+LOST = "it is an earlier start of this job, on a host that SLURM has given up"
 NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # e.g. Lustre mounted without -o flock
 
 
@@ -29,8 +37,13 @@ class RunInUseError(ConfigError):
 
 
 @contextmanager
-def hold_run_folder(run_dir: Path) -> Iterator[tuple[int, ...]]:
+def hold_run_folder(run_dir: Path, *, fenced: bool = False) -> Iterator[tuple[int, ...]]:
     """Makes the folder if need be, and keeps other processes from working on it.
+
+    Args:
+        fenced: a start on a lost host can do no harm, because ``ownership`` fences all it writes that counts, as it
+            does in training; then a later start of its job takes over. What a round of UDASA measures is not fenced:
+            rows are appended for hours, and two starts would answer the same prompts. There the later one is refused.
 
     Yields:
         descriptors for `subprocess.Popen(pass_fds=…)`: a child that has them prolongs the lock until its own end.
@@ -43,21 +56,22 @@ def hold_run_folder(run_dir: Path) -> Iterator[tuple[int, ...]]:
     path = run_dir / LOCK_FILE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path)
+        descriptor = _acquire(path, fenced)
     except OSError as error:
         raise ConfigError(f"run folder {run_dir}: {error.strerror or error}") from None
     try:
         yield () if descriptor is None else (descriptor,)
     finally:
         if descriptor is not None:
-            path.unlink(missing_ok=True)  # while it is held: see _acquire
+            if _is_file(path, descriptor):  # else who took over has its own there
+                path.unlink(missing_ok=True)  # while it is held: see _acquire
             os.close(descriptor)
         if is_new:
             with contextlib.suppress(OSError):  # unless something was written there
                 run_dir.rmdir()
 
 
-def _acquire(path: Path) -> int | None:
+def _acquire(path: Path, fenced: bool) -> int | None:
     """The descriptor that holds the lock; None: there are no locks here."""
     started = time.monotonic()
     while True:
@@ -65,19 +79,20 @@ def _acquire(path: Path) -> int | None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_file(path, descriptor):  # else its last holder has just removed it
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()} {socket.gethostname()} {_job()}\n".encode())
+                _sign(descriptor)
                 return descriptor
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode()
-            if _is_earlier_start(holder):
+            is_lost = _is_on_lost_host(holder)
+            if is_lost and fenced and (own := _take_place(path, descriptor)) is not None:
                 os.close(descriptor)
-                print(f"asa: warning: {path.parent}: {_describe(holder)}; it is an earlier start of this job, on a "
-                      "host that SLURM has given up: this start takes over", file=sys.stderr, flush=True)
-                return None
+                print(f"asa: warning: {path.parent}: {_describe(holder)}; {LOST}: this start takes over",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                return own
             if time.monotonic() - started > (ENDING_PATIENCE_SECONDS if _has_ended(holder) else PATIENCE_SECONDS):
                 os.close(descriptor)
-                raise RunInUseError(f"{path.parent} is in use: {_describe(holder)}") from None
+                way_on = _when_it_is_gone(path.parent) if is_lost and not fenced else ""
+                raise RunInUseError(f"{path.parent} is in use: {_describe(holder)}{way_on}") from None
             time.sleep(0.05)
         except OSError as error:
             os.close(descriptor)
@@ -87,6 +102,36 @@ def _acquire(path: Path) -> int | None:
                   "working on the same run", file=sys.stderr, flush=True)
             return None
         os.close(descriptor)
+
+
+def _take_place(path: Path, lost: int) -> int | None:
+    """The lock on a new file in the place of ``lost``, which is then without a name. None: try again, all has changed.
+
+    Who takes over holds the new file's lock before it gets its place, so of several on one host one does.
+    """
+    new = path.with_name(NEXT_LOCK_FILE)
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_file(new, descriptor) and _is_file(path, lost):
+            _sign(descriptor)
+            new.replace(path)
+            return descriptor
+    except BlockingIOError:
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _sign(descriptor: int) -> None:
+    """Who holds it: process, host, and within a job which start of it."""
+    start = JobStart.here()
+    os.ftruncate(descriptor, 0)
+    text = f"{os.getpid()} {socket.gethostname()}" + (f" {start.job} {start.restart}" if start.job else "")
+    os.write(descriptor, f"{text}\n".encode())
 
 
 def lock_holder(run_dir: Path) -> str | None:
@@ -108,33 +153,30 @@ def lock_holder(run_dir: Path) -> str | None:
 
 def _is_file(path: Path, descriptor: int) -> bool:
     """Whether ``path`` still names the open file."""
-    opened = os.fstat(descriptor)
     try:
-        found = path.stat()
-    except FileNotFoundError:
+        opened, found = os.fstat(descriptor), path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the latter: over NFS, of one that was replaced
+            raise
         return False
     return (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino)
 
 
-def _job() -> str:
-    """The SLURM job that this process belongs to; empty: none."""
-    return os.environ.get("SLURM_JOB_ID", "")
+def _is_on_lost_host(holder: str) -> bool:
+    """Whether SLURM has started the holder's job anew since, as this process, elsewhere."""
+    _, host, start = _parts(holder)
+    return start.is_before(JobStart.here()) and host != socket.gethostname()
 
 
-def _is_earlier_start(holder: str) -> bool:
-    """Whether SLURM has started this job anew since, elsewhere: what is left of it cannot change anything that counts.
-
-    runtime/ownership.py sees to that.
-    """
-    _, host, job = _parts(holder)
-    is_restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    return is_restarted and bool(job) and job == _job() and host != socket.gethostname()
+def _when_it_is_gone(run_dir: Path) -> str:
+    return (f"; {LOST}, but what it still writes here would count: once it is gone, `asa submit` again with --run-dir "
+            f"{shlex.quote(str(run_dir))}; a job that is requeued tries again by itself")  # fmt: skip
 
 
-def _parts(holder: str) -> tuple[str, str, str]:
-    """(process id, host, job); each may be empty."""
-    pid, host, job = (*holder.split(), "", "", "")[:3]
-    return pid, host, job
+def _parts(holder: str) -> tuple[str, str, JobStart]:
+    """(process id, host, job's start); each may be empty."""
+    pid, host, job, restart = (*holder.split(), "", "", "", "")[:4]
+    return pid, host, JobStart(job, int(restart or 0))
 
 
 def _has_ended(holder: str) -> bool:

@@ -16,8 +16,8 @@ from typing import Any, Self
 STOP_FILE = "stop"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GO_ON, ASKED, ENDED_EARLY = 0, 1, 2  # what StopRequests.code answers; the largest of all ranks counts
-# exit codes; 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, queue me again
-EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY, EXIT_INTERRUPTED = 1, 2, 75, 130
+# exit codes; 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, queue me again; 76: a later start does the work, do not
+EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_ENDED_EARLY, EXIT_TAKEN_OVER, EXIT_INTERRUPTED = 1, 2, 75, 76, 130
 
 
 def ask_to_stop(run_dir: Path, by: str) -> None:
@@ -30,9 +30,19 @@ def ask_to_stop(run_dir: Path, by: str) -> None:
         (run_dir / STOP_FILE).touch()
 
 
-def forget_stop_request(run_dir: Path) -> None:
-    """At the start of a run, so that the request which ended the last one does not end this one."""
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
+def forget_stop_request(run_dir: Path, started_at: float) -> None:
+    """At the start of a run, so that the request which ended the last one does not end this one.
+
+    One that was made while this run was starting stays, and ends it at its first step, with a checkpoint.
+
+    Args:
+        started_at: Unix time at which this run was started. Clocks of hosts differ, by less than preflight lets pass
+            (5 s): so near to the start, a request from another host may be taken for the one or the other.
+    """
+    path = run_dir / STOP_FILE
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_mtime < started_at:
+            path.unlink()
 
 
 def tell(message: str) -> None:

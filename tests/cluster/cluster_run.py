@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.live_run import ROOT, VisibleRun
-from tests.cluster.hosts import CONTROLLER, Cluster
+from tests.cluster.hosts import CONTROLLER, Cluster, wait_until
 
 CONFIG = ROOT / "configs/quickstart.yaml"
 STEPS = 20
 TOLERANCE = 1e-5  # relative, of losses: sums have another order
 # synchronous, so that every run generates the same; self-alignment soon, checkpoints often
 OVERRIDES = [f"train.steps={STEPS}", "rollout.max_policy_age=0", "evaluator.max_warmup_steps=4",
-             "train.eval_every_steps=10", "checkpoint.every_steps=2", "optimizer.schedule=constant"]  # fmt: skip
+             "train.eval_every_steps=10", "checkpoint.every_steps=2", "optimizer.schedule=constant",
+             "rollout.timeout_seconds=80", "train.collective_timeout_seconds=90"]  # fmt: skip
 PROMPTS_PER_STEP = 4
 DEADLINE_SECONDS = 400.0  # for a hang, not for a slow machine
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -74,7 +75,12 @@ class Job(ClusterRun):
             assert time.monotonic() < deadline, f"{what}: not within {DEADLINE_SECONDS:g} s:\n{self.log}"
             time.sleep(0.2)
 
-    def wait(self) -> None:
-        """Until it is completed, and nothing of it runs any more on any host."""
+    def wait(self, lost: str | None = None) -> None:
+        """Until it is completed, and nothing is left of it on any host. On a host that was ``lost`` and came back SLURM
+        has killed all of it at once: there the next start removes what is left in /tmp."""
         self.wait_until(lambda: self.details("JobState") == "COMPLETED", "the end of the job")
+        if lost:
+            wait_until(lambda: not self.cluster.processes(lost), f"{lost} is idle", DEADLINE_SECONDS)
+            clean_up = "from asa_dist.rollout import ray_hosts; ray_hosts.remove_leftovers()"
+            self.cluster.run(lost, "python", "-c", clean_up)
         self.cluster.wait_until_idle()

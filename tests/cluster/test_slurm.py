@@ -56,7 +56,7 @@ def test_a_partition_in_which_the_old_tasks_survive(job: Job, reference: Cluster
     time.sleep(45)
     assert job.cluster.processes(lost), "the old tasks did not survive: this tests nothing"
     job.cluster.heal(lost)
-    job.wait()
+    job.wait(lost)
     assert job.details("Restarts") == "1", job.log
     job.assert_same(reference)
 

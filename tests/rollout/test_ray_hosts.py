@@ -36,20 +36,58 @@ def test_a_host_that_others_do_not_reach(
         own_address()
 
 
+@pytest.mark.parametrize("arguments", [
+    ["start", "--head", "node7:1"], ["wait", "--head", "node0:1", "node7"], ["wait", "--head", "node7:1", "node0"]])
+def test_a_name_that_leads_nowhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    def look_up(name: str) -> str:
+        if name == "node7":
+            raise socket.gaierror(-2, "Name or service not known")
+        return "10.0.0.1"
+
+    monkeypatch.setattr(socket, "gethostbyname", look_up)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay as they are
+    assert ray_hosts.main(arguments) == 1
+    assert capsys.readouterr().err == (
+        f"asa: host node7: its name leads nowhere from {HOST} ([Errno -2] Name or service not known): is it spelt as "
+        "in /etc/hosts or DNS? An alias of ssh alone is not enough\n"
+    )
+
+
+@pytest.fixture
+def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the place of /dev; nothing is said of GPUs in the environment."""
+    monkeypatch.setattr(ray_hosts, "DEVICE_FOLDER", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
 @pytest.mark.parametrize(("visible", "num_gpus", "expected"), [
     (None, 3, ["5", "6", "7"]), (None, 0, []), ("8,9,a,b,c,d,e,f", 2, ["e", "f"])])
+@pytest.mark.parametrize("num_devices", [0, 8, 16])
 def test_rollouts_have_the_last_gpus(
-    monkeypatch: pytest.MonkeyPatch, visible: str | None, num_gpus: int, expected: list[str]
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch: pytest.MonkeyPatch, devices: Path, visible: str | None, num_gpus: int, expected: list[str],
+    num_devices: int,
+) -> None:  # fmt: skip
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(num_devices))):
+        (devices / name).touch()
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert ray_gpus(num_gpus, 8) == expected
 
 
-def test_other_gpus_than_the_job_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(ClusterError, match=r"made for 8 GPUs per node, but here CUDA_VISIBLE_DEVICES = 0,1: ask"):
+@pytest.mark.parametrize(("visible", "shown"), [
+    ("0,1", "but here CUDA_VISIBLE_DEVICES = 0,1: ask"), ("", r"but here CUDA_VISIBLE_DEVICES = \(empty: none\): ask"),
+    (None, r"but this one has 2 \(/.*/nvidia\*\): ask")])
+def test_other_gpus_than_the_job_is_made_for(
+    monkeypatch: pytest.MonkeyPatch, devices: Path, visible: str | None, shown: str
+) -> None:
+    for number in range(2):
+        (devices / f"nvidia{number}").touch()
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ClusterError, match=f"the job is made for 8 GPUs per node, {shown}"):
         ray_gpus(4, 8)
 
 
@@ -70,7 +108,7 @@ def test_a_head_that_does_not_answer() -> None:
             [sys.executable, "-m", "asa_dist.rollout.ray_hosts", "wait", "--head", f"localhost:{port}",
              "--timeout-seconds", "0.1", "localhost"],
             text=True, capture_output=True, timeout=60, check=False)  # fmt: skip
-    assert ended.returncode == 1
+    assert ended.returncode == 75
     assert f"no answer from Ray's head localhost:{port} within 0.1 s" in ended.stderr
 
 
@@ -121,11 +159,40 @@ def test_a_token_is_not_put_where_others_may_look(tmp_path: Path, monkeypatch: p
 
 def test_what_earlier_starts_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_hosts, "TEMP_FOLDER", str(tmp_path))
-    here = HOST[:12]
-    for name in (f"asa-1-0-{here}-left", f"asa-2-0-{here}-used", f"asa-1-0-x{here}x-elsewhere", f"mine-{here}-x"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lock").touch()
-    with (tmp_path / f"asa-2-0-{here}-used/lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    here = ray_hosts._of_this_host()
+    with monkeypatch.context() as other:
+        other.setattr(socket, "gethostname", lambda: f"{HOST}.org")
+        elsewhere = ray_hosts._of_this_host()
+    tokens = ["asa-launch-left/token", "asa-launch-used/token"]
+    locks = [f"asa-1-0{here}left/lock", f"asa-2-0{here}used/lock", f"asa-1-0{elsewhere}elsewhere/lock",
+             f"mine{here}x/lock"]  # fmt: skip
+    for name in (*tokens, *locks):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    launch_folder = tmp_path / "asa-launch-begun"  # of a launch script that has not said its token yet
+    launch_folder.mkdir()
+    with (tmp_path / tokens[1]).open() as token, (tmp_path / locks[1]).open() as lock:
+        for file in (token, lock):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with monkeypatch.context() as other:
+            other.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+            ray_hosts.remove_leftovers()
+        assert len(list(tmp_path.iterdir())) == len([*tokens, *locks, launch_folder])  # of another user: they stay
         ray_hosts.remove_leftovers()
-    assert {path.name.rpartition("-")[2] for path in tmp_path.iterdir()} == {"used", "elsewhere", "x"}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()} == {
+        tokens[1], *locks[1:]}  # fmt: skip
+    assert launch_folder.exists() and len(list(tmp_path.iterdir())) == 5
+
+
+def test_traps_among_what_earlier_starts_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temp, elsewhere = tmp_path / "tmp", tmp_path / "elsewhere"
+    monkeypatch.setattr(ray_hosts, "TEMP_FOLDER", str(temp))
+    pipe, link, linked = (temp / f"asa-{name}{ray_hosts._of_this_host()}x" for name in ("pipe", "link", "linked"))
+    for folder in (temp, elsewhere, pipe, link):
+        folder.mkdir()
+    os.mkfifo(pipe / "lock")  # who opens it waits for ever for somebody who writes
+    (elsewhere / "lock").touch()
+    (link / "lock").symlink_to(elsewhere / "lock")
+    linked.symlink_to(elsewhere)
+    ray_hosts.remove_leftovers()
+    assert {*temp.iterdir()} == {pipe, link, linked} and (elsewhere / "lock").exists()

@@ -7,18 +7,20 @@ import itertools
 import os
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from asa_dist.runtime import checkpoint_files as files
 from asa_dist.runtime import ownership
 from asa_dist.runtime.checkpoint_files import Manifest
-from asa_dist.runtime.ownership import Ownership, TakenOver, read_owner, take_over
+from asa_dist.runtime.ownership import JobStart, Ownership, TakenOver, read_owner, take_over
 from asa_dist.runtime.run_log import RunLog, read_rows, truncate_logs
-from tests.disk_steps import before_disk_step
+from tests.disk_steps import STEPS, before_disk_step
 
 SHARD = "shards/rank-00000.safetensors"
 
@@ -42,7 +44,7 @@ def newest_step(run_dir: Path) -> int:
 
 
 def starts(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in run_dir.glob(".start-*"))
+    return sorted(path.name for path in run_dir.glob(".start*"))
 
 
 # --- who owns it --------------------------------------------------------------------------------------------------
@@ -193,6 +195,115 @@ def test_starts_at_the_same_time(tmp_path: Path, others: int) -> None:
         if not came:
             break
     assert seen == {True, False} and number > 5
+
+
+# --- starts of one job ----------------------------------------------------------------------------------------------
+def take_over_as(run_dir: Path, job: str, restart: int) -> Ownership:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", job)
+        patch.setenv("SLURM_RESTART_COUNT", str(restart))
+        return take_over(run_dir)
+
+
+def test_of_one_job_the_later_restart_stays(tmp_path: Path) -> None:
+    second = take_over_as(tmp_path, "4711", 2)
+    (tmp_path / ".start-7").mkdir()  # somebody's who was killed
+    with pytest.raises(TakenOver) as late:
+        take_over_as(tmp_path, "4711", 1)
+    assert str(late.value).startswith(
+        f"SLURM has started this job anew since: process {os.getpid()} of job 4711, restart 2, on host ")
+    assert second.lost_to() is None and starts(tmp_path) == [".start-1", ".start-7"]
+    for job, restart, generation in (("4711", 2, 8), ("4711", 3, 9), ("4710", 0, 10), ("4711", 0, 11)):
+        assert take_over_as(tmp_path, job, restart).generation == generation
+        assert starts(tmp_path) == [f".start-{generation}"]
+
+
+def test_earlier_starts_of_a_job_come_late(tmp_path: Path) -> None:
+    """Before any of its steps on the disk two of them come: even where these leave it a number below theirs."""
+    for number in itertools.count(1):
+        run_dir, came = tmp_path / str(number), list[int]()
+        run_dir.mkdir()
+        take_over(run_dir)
+
+        def come(run_dir: Path = run_dir, came: list[int] = came) -> None:
+            for restart in (0, 1):
+                came.append(restart)
+                with suppress(TakenOver):
+                    take_over_as(run_dir, "4711", restart)
+
+        with before_disk_step(number, come):
+            mine = take_over_as(run_dir, "4711", 2)
+        assert mine.lost_to() is None and starts(run_dir) == [mine.folder.name], f"step {number} of its steps"
+        if not came:
+            break
+    assert number > 10
+
+
+class Gate:
+    """Where a thread waits before its n-th step on the disk."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def step(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.reached.set()
+            assert self.opened.wait(60)
+
+
+def take_over_at_once(run_dir: Path, gates: dict[JobStart, Gate]) -> dict[JobStart, Ownership]:
+    """The starts begin one after the other, each up to its gate, and go on in that order; what they got."""
+    here, got = threading.local(), dict[JobStart, Ownership]()
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*arguments: Any, **options: Any) -> Any:
+            if (start := getattr(here, "start", None)) is not None:
+                gates[start].step()
+            return function(*arguments, **options)
+
+        return act
+
+    def run(start: JobStart) -> None:
+        here.start = start
+        try:
+            got[start] = take_over(run_dir)
+        except TakenOver:
+            pass
+        finally:
+            gates[start].reached.set()
+
+    threads = {start: threading.Thread(target=run, args=(start,)) for start in gates}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JobStart, "here", lambda: here.start)
+        for module, name in STEPS:
+            patch.setattr(module, name, watched(getattr(module, name)))
+        for start, thread in threads.items():
+            thread.start()
+            assert gates[start].reached.wait(60)
+        for start, thread in threads.items():
+            gates[start].opened.set()
+            thread.join(60)
+    return got
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_two_starts_of_a_job_at_once(tmp_path: Path, order: tuple[int, int]) -> None:
+    """However their steps on the disk fall: the later restart owns the folder."""
+    num_late = 0
+    for numbers in itertools.product(range(1, 14), repeat=2):
+        run_dir = tmp_path / "-".join(map(str, numbers))
+        run_dir.mkdir()
+        take_over_as(run_dir, "4711", 0)
+        by_restart = {restart: JobStart("4711", restart) for restart in order}
+        gates = {by_restart[restart]: Gate(number) for restart, number in zip(order, numbers, strict=True)}
+        got = take_over_at_once(run_dir, gates)
+        owner, earlier = got[by_restart[2]], got.get(by_restart[1])
+        assert owner.lost_to() is None and starts(run_dir) == [owner.folder.name], numbers
+        assert earlier is None or earlier.lost_to() is not None
+        num_late += earlier is None
+    assert 0 < num_late < 169, "both before and after the other"
 
 
 class Killed(BaseException):

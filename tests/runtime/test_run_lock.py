@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -57,29 +58,71 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
         assert lock_holder(tmp_path) == f"process {os.getpid()} on host {socket.gethostname()} works on it"
 
 
+def become(monkeypatch: pytest.MonkeyPatch, restart: int, host: str) -> None:
+    """From here on this process is a start of job 4711."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+
+
 @pytest.mark.parametrize(("holder", "restart", "takes_over"), [
-    ("17 elsewhere 4711", "1", True),
-    ("17 elsewhere 4711", "0", False),  # the job's first start: it cannot know
-    ("17 elsewhere 4712", "1", False),
-    ("17 elsewhere", "1", False),
-    (f"17 {socket.gethostname()} 4711", "1", False),  # a host that is here is not lost
+    ("17 elsewhere 4711 0", 1, True),
+    ("17 elsewhere 4711 1", 3, True),
+    ("17 elsewhere 4711 1", 1, False),
+    ("17 elsewhere 4711 2", 1, False),  # this start is the one that comes late
+    ("17 elsewhere 4712 0", 1, False),
+    ("17 elsewhere", 1, False),
+    ("17 here 4711 0", 1, False),  # a host that is here is not lost
 ])  # fmt: skip
+@pytest.mark.parametrize("fenced", [True, False])
 def test_a_job_that_was_started_again_elsewhere_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-    holder: str, restart: str, takes_over: bool,
+    holder: str, restart: int, takes_over: bool, fenced: bool,
 ) -> None:
     """Of a host that SLURM has lost, the old start may still live and hold the lock."""
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
-    monkeypatch.setattr(run_lock, "ENDING_PATIENCE_SECONDS", PATIENCE_SECONDS)
+    become(monkeypatch, restart, "here")
+    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(run_lock, "ENDING_PATIENCE_SECONDS", 0.0)
     with (tmp_path / ".lock").open("w+") as file:
         file.write(holder)
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        refused = contextlib.nullcontext() if takes_over else pytest.raises(RunInUseError)
-        with refused, hold_run_folder(tmp_path) as held:
-            assert held == ()
-            assert "on host elsewhere works on it; it is an earlier start of this job" in capfd.readouterr().err
+        if takes_over and fenced:
+            with hold_run_folder(tmp_path, fenced=True):
+                assert "on host elsewhere works on it; it is an earlier start of this job" in capfd.readouterr().err
+            return
+        with pytest.raises(RunInUseError) as refused, hold_run_folder(tmp_path, fenced=fenced):
+            pass
+    assert ("`asa submit` again with --run-dir" in str(refused.value)) == takes_over
+
+
+def test_who_takes_over_holds_a_lock_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the one on the lost host ends before it or after."""
+    with ExitStack() as lost, ExitStack() as newer:
+        become(monkeypatch, 0, "elsewhere")
+        lost.enter_context(hold_run_folder(tmp_path))
+        become(monkeypatch, 1, "here")
+        newer.enter_context(hold_run_folder(tmp_path, fenced=True))
+        for _ in range(2):
+            assert lock_holder(tmp_path) == f"process {os.getpid()} on host here works on it"
+            with pytest.raises(RunInUseError), hold_run_folder(tmp_path, fenced=True):
+                pass
+            lost.close()
+        newer.close()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_somebody_else_is_just_taking_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    become(monkeypatch, 0, "elsewhere")
+    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 0.0)
+    with hold_run_folder(tmp_path), (tmp_path / ".lock.next").open("w") as file:
+        become(monkeypatch, 1, "here")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunInUseError), hold_run_folder(tmp_path, fenced=True):
+            pass
+        fcntl.flock(file, fcntl.LOCK_UN)
+        with hold_run_folder(tmp_path, fenced=True):
+            assert not (tmp_path / ".lock.next").exists()
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:

@@ -45,9 +45,12 @@ def test_the_file_is_looked_for_by_rank_0_only(tmp_path: Path) -> None:
     assert first.code() == ASKED and not first.by_signal and first.reason() == "asked by asa train (SIGINT)"
     assert second.code() == GO_ON
     assert [path.name for path in tmp_path.iterdir()] == ["stop"]
-    forget_stop_request(tmp_path)
+    made = (tmp_path / "stop").stat().st_mtime
+    forget_stop_request(tmp_path, started_at=made - 1)  # the run was starting when it was made
+    assert first.code() == ASKED
+    forget_stop_request(tmp_path, started_at=made + 1)
     assert first.code() == GO_ON
-    forget_stop_request(tmp_path)  # there need not be one
+    forget_stop_request(tmp_path, started_at=made + 1)  # there need not be one
 
 
 def test_a_file_made_by_hand_asks_too(tmp_path: Path) -> None:
