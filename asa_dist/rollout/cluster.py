@@ -116,9 +116,7 @@ def start_local_ray(num_cpus: int, num_gpus: int, object_store_bytes: int, temp_
 
 
 def _end_session(head: subprocess.Popen[bytes]) -> None:
-    """Asks the head to end Ray, then ends what is left of its session, by process id."""
-    import psutil
-
+    """Asks the head to end Ray, then ends what is left of its session."""
     assert head.stdin is not None and head.stdout is not None
     head.stdin.close()
     try:
@@ -127,9 +125,15 @@ def _end_session(head: subprocess.Popen[bytes]) -> None:
         head.kill()
         head.wait()
     head.stdout.close()
+    end_session(head.pid)
+
+
+def end_session(session: int) -> None:
+    """Waits for all processes of a session to end, and after a grace ends them, by process id."""
+    import psutil
 
     def survivors() -> list[int]:
-        alive = (process for process in psutil.process_iter() if _session_of(process.pid) == head.pid)
+        alive = (process for process in psutil.process_iter() if _session_of(process.pid) == session)
         return [process.pid for process in alive if not _is_zombie(process)]  # where PID 1 does not reap, they stay
 
     deadline = time.monotonic() + STOP_GRACE_SECONDS

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from asa_dist.rollout.cluster import ClusterError, connect, disconnect
+from asa_dist.rollout.cluster import ClusterError, connect, disconnect, end_session
 
 TEMP_FOLDER = "/tmp"  # not TMPDIR: the path of a socket is limited to 107 bytes, of which Ray needs 60
 LOCK = "lock"
@@ -199,7 +199,7 @@ def _run_ray(options: argparse.Namespace, is_asked_to_end: Callable[[], bool]) -
         _held(Path(folder, LOCK))  # until this process ends
         with log.open("wb") as output:
             ray = subprocess.Popen(start_command(options, address, folder), stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=output, env=environment)  # fmt: skip
+                                   stderr=output, env=environment, start_new_session=True)  # fmt: skip
         while ray.poll() is None and not is_asked_to_end():
             time.sleep(POLL_SECONDS)
         if is_asked_to_end():  # srun signals every process of a step: Ray may have ended already
@@ -246,13 +246,14 @@ def _is_at_end_of_stdin() -> bool:
 
 
 def _end(ray: subprocess.Popen[bytes]) -> None:
-    """Ray's processes end with the one that started them, even if that is killed."""
+    """With all of its processes: the agents of a raylet that was killed take a while to notice."""
     ray.terminate()
     try:
         ray.wait(STOP_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         ray.kill()
         ray.wait()
+    end_session(ray.pid)
 
 
 def wait(options: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ NEEDED = ("ip", "unshare", "nsenter", "setpriv", "tini", "iptables", "ssh", "ssh
           "slurmctld", "slurmd", "sbatch", "srun")  # fmt: skip
 PACKAGES = "iproute2 util-linux tini iptables openssh-client openssh-server pdsh munge slurmctld slurmd slurm-client"
 DAEMONS = {"tini", "sshd", "munged", "slurmd", "slurmctld", "slurmstepd", "slurmscriptd"}
-START_SECONDS, POLL_SECONDS = 30.0, 0.1
+START_SECONDS, END_SECONDS, POLL_SECONDS = 30.0, 90.0, 0.1
 
 SSH_CONFIG = """Host *
   IdentityFile {ssh}/key
@@ -201,7 +201,7 @@ class Cluster:
             return running or [f"{host}: {path}" for host in self._init for path in self._files(host)]
 
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: not left(), "nothing is left", START_SECONDS)
+            wait_until(lambda: not left(), "nothing is left", END_SECONDS)
         assert not left(), f"left: {left()}"
 
     # --- faults ----------------------------------------------------------------------------------------------------
