@@ -262,12 +262,12 @@ def wait(options: argparse.Namespace) -> None:
     Raises:
         ClusterError: a name leads nowhere, the head does not answer, or a host is still missing at the deadline.
     """
-    import ray
-
     started = time.monotonic()
     address_by_host = {host: address_of(host) for host in options.hosts}
     _wait_for_head(options)
     connect(options.head)
+    import ray  # not before it is there: Ray reads the environment when it is imported
+
     try:
         while True:
             nodes: dict[str, Any] = {node["NodeManagerAddress"]: node for node in ray.nodes() if node["Alive"]}
