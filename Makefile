@@ -23,7 +23,7 @@ lint: $(INSTALLED)  ## style, types, layers, shell scripts
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/shellcheck launch/*.sh launch/slurm/*.sbatch tests/cluster/*.sh
 
-test-cluster: $(INSTALLED)  ## several hosts in namespaces, SLURM and ssh, faults too: root, `bash tests/cluster/install.sh`; 20 minutes
+test-cluster: $(INSTALLED)  ## several hosts in namespaces, SLURM and ssh, faults too: root, `bash tests/cluster/install.sh`; 25 minutes
 	$(VENV)/bin/python -m pytest tests/cluster --long --durations=20
 
 faults: $(INSTALLED)  ## every fault test, also those that CI has no time for, about 15 minutes

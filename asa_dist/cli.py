@@ -430,7 +430,7 @@ def doctor_command(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished, or stopped as asked; 1 failed; 2 the config or its content cannot be used; 75 ended
-    early, start again with `asa resume`; 128 + n stopped at once by signal n."""
+    early, start again with `asa resume`; 76 another start owns the run; 128 + n stopped at once by signal n."""
     options = parse_arguments(arguments)
     options.started_at = time.time()
     if options.action is doctor_command:

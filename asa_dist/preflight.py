@@ -340,7 +340,7 @@ def _first_line(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 ready, 1 not, 2 a config that cannot be used, or not started as ranks are."""
+    """Exit code: as :meth:`Preflight.run`; 2 a config that cannot be used, or not started as ranks are."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     from asa_dist.runtime.rendezvous import follow_slurm
     from asa_dist.train import adapt_to_launcher
