@@ -13,13 +13,14 @@ A plain asyncio class; `system` makes it a Ray actor. Here is who waits for what
 
     method            waits for                                        unblocked by
     lease             a newer complete version, or work this worker    offer_shard, submit_prompts, restore, stop,
-                      may do (served version ≥ min_version)            release, overdue, a refused delivery, take
+                      may do (served version ≥ min_version)            release, overdue, deliver, take
     take              all groups of the step, or a version to          deliver, restore, reject_version, fail,
-                      publish again                                    stop
+                      publish again                                    stop; on shared GPUs lease, release, overdue
     all others        nothing
 
 Version v = the weights after v steps. A group for step s may be sampled by versions ≥ s − max_policy_age: *admission*,
-so that no finished group is ever thrown away for being stale.
+so that no finished group is ever thrown away for being stale. Who shares GPUs with the ranks works while all of these
+wait in `take`: see `turns`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from asa_dist.config import RolloutConfig
 from asa_dist.records import Lease, LedgerSnapshot, Prompt, RolloutGroup, WeightManifest
 from asa_dist.rollout.ledger import Ledger
 from asa_dist.rollout.ledger import Refusal as Refusal
+from asa_dist.rollout.turns import Turns
 from asa_dist.rollout.versions import LoadOrder as LoadOrder
 from asa_dist.rollout.versions import Republish as Republish
 from asa_dist.rollout.versions import Versions
@@ -45,6 +47,11 @@ LONGEST_UNWATCHED_SECONDS = 1.0  # counted between two calls of overdue()
 
 class RolloutFailure(Exception):
     """Rollouts will not come: a worker failed, or the coordinator was stopped. The message is for the user."""
+
+
+@dataclass(frozen=True)
+class Rest:
+    """To a worker that shares its GPU, and has nothing to do: sleep, then ask again."""
 
 
 @dataclass
@@ -77,8 +84,8 @@ class Coordinator:
     """See the module. Every method is a coroutine of one event loop; nothing here blocks or computes for long.
 
     Args:
-        rollout: what :class:`Ledger` uses, ``heartbeat_timeout_seconds`` and ``timeout_seconds``.
-        groups_per_lease: consecutive groups of one step in one engine call.
+        rollout: what :class:`Ledger` uses, ``placement``, ``heartbeat_timeout_seconds`` and ``timeout_seconds``.
+        groups_per_lease: consecutive groups of one step in one lease.
         clock: seconds, monotonic.
     """
 
@@ -88,10 +95,14 @@ class Coordinator:
         self._clock = _WatchedClock(clock)
         self._ledger = Ledger(rollout, groups_per_lease, self._clock)
         self._versions = Versions()
+        self._turns = Turns() if rollout.placement == "shared" else None
+        self._working: set[str] = set()  # workers that have asked for orders, and have not been dismissed
+        self._asking: set[str] = set()  # those of them that are waiting for one
         self._changed = asyncio.Condition()
         self._heartbeats: dict[str, _Heartbeat] = {}  # the last one, by worker id
         self._dismissed: dict[str, str] = {}  # why, by worker id
         self._delivered: Counter[str] = Counter()  # leases, by worker id
+        self._ready: dict[str, str] = {}  # engine by worker id, until the supervisor has heard of it
         self._failure: str | None = None
         self._stopped = False
 
@@ -129,17 +140,23 @@ class Coordinator:
         self._ledger.submit(step, prompts)
         await self._notify()
 
-    async def lease(self, worker_id: str, served_version: int) -> Lease | LoadOrder | None:
+    async def lease(self, worker_id: str, served_version: int) -> Lease | LoadOrder | Rest | None:
         """The next thing for a worker to do: newer weights before work, work in order, or None = stop.
 
-        A lease not delivered within ``lease_timeout_seconds`` goes to another worker; see :meth:`overdue`.
+        :class:`Rest` is for workers that share their GPU with a rank. A worker may ask while it holds leases; it has
+        one such call at a time. A lease not delivered within ``lease_timeout_seconds`` goes to another worker; see
+        :meth:`overdue`.
         """
         async with self._changed:
+            if self._turns is not None:
+                self._turns.asks(worker_id)
+                self._changed.notify_all()  # it may be the last one to sleep
             while not (self._stopped or worker_id in self._dismissed):
-                task = (self._versions.order_for(worker_id, served_version)
-                        or self._ledger.lease(worker_id, served_version))
-                if task is not None:
-                    return task
+                self._working.add(worker_id)
+                self._asking.add(worker_id)
+                if (order := self._order_for(worker_id, served_version)) is not None:
+                    self._asking.discard(worker_id)
+                    return order
                 await self._changed.wait()
         return None
 
@@ -163,15 +180,14 @@ class Coordinator:
             ValueError: the step was already taken by all ranks.
         """
         async with self._changed:
-            while True:
-                if self._failure or self._stopped:
-                    raise RolloutFailure(self._failure or f"the coordinator was stopped before step {step} was taken")
-                if (republish := self._versions.republish_for(rank)) is not None:
-                    return republish
-                if (groups := self._ledger.take(step, rank, num_ranks)) is not None:
-                    self._changed.notify_all()  # the queue may have room again
-                    return groups
-                await self._changed.wait()
+            if self._turns is None:
+                return await self._groups(step, rank, num_ranks)
+            self._turns.rank_waits(rank, num_ranks)
+            self._changed.notify_all()
+            try:
+                return await self._groups(step, rank, num_ranks)
+            finally:
+                self._turns.rank_goes_on(rank)
 
     async def snapshot(self) -> LedgerSnapshot:
         """The steps not yet taken by all ranks, with their prompts and finished groups: O(open groups)."""
@@ -202,6 +218,15 @@ class Coordinator:
         if worker_id not in self._dismissed:
             self._heartbeats[worker_id] = _Heartbeat(phase, self._clock(), self._rollout.heartbeat_timeout_seconds)
 
+    async def ready(self, worker_id: str, engine: str) -> None:
+        """A worker has built its engine, and says which."""
+        self._ready[worker_id] = engine
+
+    async def newly_ready(self) -> dict[str, str]:
+        """The engines, by worker id, of those that were not named here before."""
+        found, self._ready = self._ready, {}
+        return found
+
     async def overdue(self) -> dict[str, str]:
         """Workers whose heartbeat or lease is overdue, and why; they are dismissed, as by :meth:`release`.
 
@@ -225,11 +250,14 @@ class Coordinator:
         return reasons
 
     async def release(self, worker_id: str, reason: str) -> None:
-        """A worker is dead: its leases wait again, in order, and what it still delivers will be refused.
+        """A worker is dead: its leases wait again, in order, and what it still delivers will be refused; a GPU that it
+        shared with a rank is free.
 
         Its id gets no further lease, since a call it made before it died may still be waiting: a new worker, a new id.
         """
         self._dismiss(worker_id, reason)
+        if self._turns is not None:
+            self._turns.lost(worker_id)
         await self._notify()
 
     async def delivered_by(self, worker_id: str) -> int:
@@ -259,9 +287,43 @@ class Coordinator:
                 f"dismissed: {len(self._dismissed)}{', at last ' * bool(dismissed)}{dismissed}")
 
     # --- inside -------------------------------------------------------------------------------------------------
+    def _order_for(self, worker_id: str, served_version: int) -> Lease | LoadOrder | Rest | None:
+        if self._turns is None:
+            return self._weights_or_work(worker_id, served_version)
+        if not self._turns.is_awake(worker_id):  # then it serves nothing: only weights can wake it
+            if not (self._turns.is_workers_turn and self._ledger.has_work_for(self._versions.newest)):
+                return None
+            self._turns.wakes(worker_id)
+        order = self._weights_or_work(worker_id, served_version)
+        if order is None and not self._ledger.holds_lease(worker_id):
+            self._turns.told_to_rest(worker_id)
+            return Rest()
+        return order
+
+    def _weights_or_work(self, worker_id: str, served_version: int) -> Lease | LoadOrder | None:
+        # Who holds nothing will ask as soon as it has loaded or delivered.
+        takers = self._asking | {worker for worker in self._working if not self._ledger.holds_lease(worker)}
+        return (self._versions.order_for(worker_id, served_version)
+                or self._ledger.lease(worker_id, served_version, takers))
+
+    async def _groups(self, step: int, rank: int, num_ranks: int) -> list[RolloutGroup] | Republish:
+        while True:
+            if self._failure or self._stopped:
+                raise RolloutFailure(self._failure or f"the coordinator was stopped before step {step} was taken")
+            if (republish := self._versions.republish_for(rank)) is not None:
+                return republish
+            may_go_on = self._turns is None or self._turns.is_trainers_turn
+            if may_go_on and (groups := self._ledger.take(step, rank, num_ranks)) is not None:
+                self._changed.notify_all()  # the queue may have room again
+                return groups
+            await self._changed.wait()
+
     def _dismiss(self, worker_id: str, reason: str) -> None:
         self._dismissed.setdefault(worker_id, reason)
         self._heartbeats.pop(worker_id, None)
+        self._ready.pop(worker_id, None)
+        self._asking.discard(worker_id)
+        self._working.discard(worker_id)
         self._ledger.release(worker_id)
 
     async def _notify(self) -> None:

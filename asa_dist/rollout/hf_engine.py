@@ -20,7 +20,7 @@ from torch import Tensor
 
 from asa_dist.config import ModelConfig
 from asa_dist.records import Prompt, Response
-from asa_dist.rollout.engine import NO_VERSION, SamplingConfig, WeightLoadError
+from asa_dist.rollout.engine import NO_VERSION, BundleEngine, SamplingConfig, fitting_weights
 from asa_dist.rollout.sampling import choose_tokens, gumbel_noise, sampling_keys
 from asa_dist.rollout.weights import DTYPES
 
@@ -42,7 +42,7 @@ class _Batch:
         self.cache.batch_select_indices(index_B)
 
 
-class HfEngine:
+class HfEngine(BundleEngine):
     """See :class:`asa_dist.rollout.engine.Engine`.
 
     Args:
@@ -66,23 +66,19 @@ class HfEngine:
         self._model = built.to(self._device).eval().requires_grad_(False)
 
     def load(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        live = dict(self._model.named_parameters())  # lists a tied weight once, under its first name
-        staged: dict[str, Tensor] = {}
-        for name, tensor in tensors:
-            if name not in live:
-                raise WeightLoadError(f"version {version}: the model has no parameter {name!r}")
-            if name in staged:
-                raise WeightLoadError(f"version {version}: parameter {name!r} arrived twice")
-            if tensor.shape != live[name].shape or tensor.dtype != live[name].dtype:
-                raise WeightLoadError(f"version {version}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the model "
-                                      f"has {live[name].dtype} {tuple(live[name].shape)}")
-            staged[name] = tensor
-        if missing := [name for name in live if name not in staged]:
-            raise WeightLoadError(f"version {version}: {len(missing)} of {len(live)} parameters are missing: "
-                                  f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}")
-        for name, tensor in staged.items():
+        # A tied weight is listed once, under its first name.
+        weights = fitting_weights(version, tensors, dict(self._model.named_parameters()))
+        self._model.to(self._device)  # if it was asleep
+        live = dict(self._model.named_parameters())
+        for name, tensor in weights.items():
             live[name].copy_(tensor)
         self.version = version
+
+    def sleep(self) -> None:
+        self.version = NO_VERSION
+        self._model.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[tuple[Response, ...]]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,7 +55,7 @@ class Ledger:
 
     Args:
         rollout: ``max_policy_age``, ``responses_per_prompt``, ``max_queue_bytes``, ``lease_timeout_seconds`` are used.
-        groups_per_lease: consecutive groups of one step in one engine call.
+        groups_per_lease: consecutive groups of one step in one lease.
         clock: seconds, monotonic.
     """
 
@@ -84,13 +85,20 @@ class Ledger:
             return
         self._open(step, prompts, groups=())
 
-    def lease(self, worker_id: str, served_version: int) -> Lease | None:
-        """The first waiting bundle, if a worker that serves this version may have it; else None."""
-        if not self._waiting:
+    def lease(self, worker_id: str, served_version: int, workers: Collection[str] = ()) -> Lease | None:
+        """The first waiting bundle, if a worker that serves this version may have it; else None.
+
+        Args:
+            workers: those that would take one now, or soon. A busier worker leaves a bundle for each of them.
+        """
+        num_held = Counter(held.worker_id for held in self._leases.values())
+        num_idler = sum(num_held[other] < num_held[worker_id] for other in workers)
+        num_allowed = sum(served_version >= self._min_version(step) for step, _, _ in self._waiting)
+        if num_allowed <= num_idler:
             return None
         step, first_index, end_index = self._waiting[0]
         full = self._queue_bytes >= self._rollout.max_queue_bytes
-        if served_version < self._min_version(step) or (full and step > min(self._steps)):
+        if full and step > min(self._steps):
             return None
         heapq.heappop(self._waiting)
         prompts = self._steps[step].prompts[first_index:end_index]
@@ -98,6 +106,13 @@ class Ledger:
         self._leases[lease.lease_id] = _Held(worker_id, lease, self._clock() + self._rollout.lease_timeout_seconds)
         self._next_lease_id += 1
         return lease
+
+    def has_work_for(self, version: int) -> bool:
+        """Whether a bundle waits that this version may answer."""
+        return bool(self._waiting) and version >= self._min_version(self._waiting[0][0])
+
+    def holds_lease(self, worker_id: str) -> bool:
+        return any(held.worker_id == worker_id for held in self._leases.values())
 
     def deliver(self, worker_id: str, lease_id: int, groups: Sequence[RolloutGroup]) -> Refusal | None:
         """A lease's finished groups, in order. Refused for what they contain, their prompts wait again."""

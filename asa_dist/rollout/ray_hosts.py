@@ -80,8 +80,11 @@ def own_address() -> str:
     return address
 
 
-def ray_gpus(num_gpus: int, gpus_per_host: int) -> list[str]:
-    """The last ``num_gpus`` of the host's GPUs; ranks take the first ones.
+def ray_gpus(num_gpus: int, gpus_per_host: int, placement: str) -> list[str]:
+    """``num_gpus`` of the host's GPUs, for actors; ranks take the first ones.
+
+    Args:
+        placement: `rollout.placement`: separate = the last ones, shared = the first ones, too.
 
     Raises:
         ClusterError: what the launcher shows of this host's GPUs is not what the job was made for.
@@ -98,7 +101,7 @@ def ray_gpus(num_gpus: int, gpus_per_host: int) -> list[str]:
         gpus = visible.split(",") if visible else []
         if len(gpus) != gpus_per_host:
             raise ClusterError(f"{made_for}, but here CUDA_VISIBLE_DEVICES = {visible or '(empty: none)'}: {advice}")
-    return gpus[gpus_per_host - num_gpus :]
+    return gpus[:num_gpus] if placement == "shared" else gpus[gpus_per_host - num_gpus :]
 
 
 def start_command(options: argparse.Namespace, address: str, folder: str) -> list[str]:
@@ -188,7 +191,8 @@ def _run_ray(options: argparse.Namespace, is_asked_to_end: Callable[[], bool]) -
     address = own_address()
     environment = os.environ | ENVIRONMENT
     if options.gpus_per_host:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(ray_gpus(options.num_gpus, options.gpus_per_host))
+        gpus = ray_gpus(options.num_gpus, options.gpus_per_host, options.placement)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if address_of(options.head.rpartition(":")[0]) != address:
         _wait_for_head(options, is_asked_to_end)
     remove_leftovers()
@@ -291,7 +295,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     starting = commands.add_parser("start", help="run Ray on this host until asked to end")
     starting.add_argument("--num-cpus", type=int, default=0, help="that actors may use here")
-    starting.add_argument("--num-gpus", type=int, default=0, help="that actors may use here: the last ones")
+    starting.add_argument("--num-gpus", type=int, default=0, help="that actors may use here")
+    starting.add_argument("--placement", choices=("separate", "shared"), default="separate",
+                          help="of these GPUs: the last ones, or the first ones, which ranks have, too")  # fmt: skip
     starting.add_argument("--gpus-per-host", type=int, default=0, help="those of trainer ranks, too")
     starting.add_argument("--name", default="asa-hosts", help="first part of the temporary folder's name")
     starting.add_argument("--token-from-stdin", action="store_true",

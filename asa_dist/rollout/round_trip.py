@@ -35,16 +35,18 @@ def import_ray() -> None:
 
 
 def shortages(rollout: RolloutConfig) -> list[str]:
-    """What the rollout workers need and all hosts together do not have."""
+    """What the rollout workers need and no host, or not enough of them, has for each."""
     import ray
 
-    total = ray.cluster_resources()
-    return [
-        f"{rollout.workers} rollout workers x {per_worker} {resource} need more than the {total.get(resource, 0):g} "
-        f"{resource} that Ray has: lower rollout.workers"
-        for resource, per_worker in (("CPU", rollout.threads_per_worker), ("GPU", rollout.gpus_per_worker))
-        if rollout.workers * per_worker > total.get(resource, 0)
-    ]
+    hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    problems = []
+    for resource, per_worker in (("CPU", rollout.threads_per_worker), ("GPU", rollout.gpus_per_worker)):
+        if per_worker and sum(host.get(resource, 0) // per_worker for host in hosts) < rollout.workers:
+            found = [host.get(resource, 0) for host in hosts]
+            problems.append(f"{rollout.workers} rollout workers x {per_worker} {resource} need more than the "
+                            f"{sum(found):g} {resource} that Ray has, at most {max(found):g} on a host: lower "
+                            "rollout.workers")
+    return problems
 
 
 def round_trip(hosts: Iterable[str], look: Callable[[], Any], timeout_seconds: float) -> RoundTrip:

@@ -19,16 +19,32 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
 
+# lowbias32 (Wellons 2018): on CPUs 32-bit products are ten times as fast.
+_GOLDEN_32 = 0x9E3779B9 - 2**32
+_MULTIPLIER_1_32 = 0x21F0AAAD
+_MULTIPLIER_2_32 = 0xD35A2D97 - 2**32
+_CACHED_ELEMENTS = 2**18  # of [B, V], computed at once on CPUs: several passes over what the cache holds
+
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    return (bits >> count) & ((1 << (64 - count)) - 1)  # >> of int64 keeps the sign: mask it off
+    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)  # >> of int64 keeps the sign: mask it off
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """splitmix64's finalizer: a bijection of int64 in which every input bit reaches every output bit."""
-    bits = (bits ^ _shift_right(bits, 30)) * _MULTIPLIER_1
-    bits = (bits ^ _shift_right(bits, 27)) * _MULTIPLIER_2
-    return bits ^ _shift_right(bits, 31)
+    """splitmix64's finalizer, in place: a bijection of int64 in which every input bit reaches every output bit."""
+    bits.bitwise_xor_(_shift_right(bits, 30)).mul_(_MULTIPLIER_1)
+    bits.bitwise_xor_(_shift_right(bits, 27)).mul_(_MULTIPLIER_2)
+    return bits.bitwise_xor_(_shift_right(bits, 31))
+
+
+def _mix_32(bits: Tensor) -> Tensor:
+    """lowbias32, in place: the same for int32."""
+    shifted = torch.empty_like(bits)
+    for count, multiplier in ((16, _MULTIPLIER_1_32), (15, _MULTIPLIER_2_32)):
+        torch.bitwise_right_shift(bits, count, out=shifted)
+        bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - count)) - 1)).mul_(multiplier)
+    torch.bitwise_right_shift(bits, 15, out=shifted)
+    return bits.bitwise_xor_(shifted.bitwise_and_((1 << 17) - 1))
 
 
 def sampling_keys(seed: int, epoch_B: Tensor, prompt_id_B: Tensor, sibling_B: Tensor) -> Tensor:
@@ -47,15 +63,32 @@ def gumbel_noise(key_B: Tensor, position_B: Tensor, vocab_size: int) -> Tensor:
         key_B: int64 [B] of :func:`sampling_keys`.
         position_B: int64 [B], or a scalar tensor: index of the token within the response.
         vocab_size: V.
-
-    The uniform u lies in [2⁻⁵⁴, 1 − 2⁻²⁴], and g = −log(−log(1 − u)) takes its large values from u near 0, where
-    float32 is finest: tokens far below 2⁻²⁴ keep their true odds.
     """
     stream_B = _mix(key_B + position_B + _GOLDEN)
-    token_V = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=key_B.device)
-    bits_BV = _mix(stream_B[:, None] + token_V * _GOLDEN)
-    uniform_BV = ((_shift_right(bits_BV, 11).float() + 0.5) * 2.0**-53).clamp_(max=1 - 2.0**-24)
-    return uniform_BV.neg_().log1p_().neg_().log_().neg_()
+    word_B4 = torch.stack([stream_B, _mix(stream_B + _GOLDEN)], dim=-1).view(torch.int32)
+    token_V = torch.arange(1, vocab_size + 1, dtype=torch.int32, device=key_B.device).mul_(_GOLDEN_32)
+    noise_BV = torch.empty(len(key_B), vocab_size, device=key_B.device)
+    rows = max(1, _CACHED_ELEMENTS // vocab_size) if key_B.device.type == "cpu" else max(1, len(key_B))
+    for noise_bV, word_b4 in zip(noise_BV.split(rows), word_B4.split(rows), strict=True):
+        _write_gumbel(noise_bV, *_random_words(word_b4, token_V))
+    return noise_BV
+
+
+def _random_words(word_B4: Tensor, token_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Two int32 [B, V], from 128 bits per row. The second one is mixed less: it only refines the first."""
+    add_B1, multiply_B1, add_2_B1, multiply_2_B1 = word_B4.split(1, dim=-1)
+    bits_BV = _mix_32((token_V ^ add_B1).mul_(multiply_B1 | 1))
+    return bits_BV, (token_V ^ add_2_B1).mul_(multiply_2_B1 | 1)
+
+
+def _write_gumbel(noise_BV: Tensor, bits_BV: Tensor, fraction_BV: Tensor) -> None:
+    """Noise from random int32.
+
+    u = (31 bits of the one + the other as a fraction) · 2⁻³¹ lies in [2⁻⁵⁵, 1 − 2⁻²⁴], and g = −log(−log(1 − u)) takes
+    its large values from u near 0, where float32 is finest: tokens far below 2⁻²⁴ keep their true odds.
+    """
+    noise_BV.copy_(fraction_BV).mul_(2.0**-32).add_(0.5).add_(bits_BV.bitwise_and_(2**31 - 1))
+    noise_BV.mul_(-(2.0**-31)).clamp_(min=2.0**-24 - 1, max=-(2.0**-55)).log1p_().neg_().log_().neg_()
 
 
 def truncate(logits_BV: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:

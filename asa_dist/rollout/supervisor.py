@@ -2,8 +2,10 @@
 
     every 0.5 s, in a thread of rank 0's process:
     a start is due ─────────► coordinator.register ──► a new actor, under a new id
+    coordinator.newly_ready() ──► an event: which engine it has
     coordinator.overdue() ──► dismissed: its lease waits again already; it is killed, unless it ends by itself
     its run has ended ──────► coordinator.release; the next start of its slot is planned, or the slot is given up
+    replace_all() ──────────► all are killed, their leases wait again; every slot starts anew, with other actors
 
 What a death costs the run is its detection, about a second, and the engine call that it interrupted.
 """
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asa_dist.config import RolloutConfig
-from asa_dist.rollout.calls import RolloutTimeout, loss, wait_for
+from asa_dist.rollout.calls import RolloutTimeout, loss, timed_out, wait_for
 from asa_dist.rollout.coordinator import RolloutFailure
 from asa_dist.rollout.worker import stacks_file
 
@@ -65,6 +67,10 @@ class Slot:
         backoff_seconds = 2.0 ** (self._deaths_in_a_row - 2) if self._deaths_in_a_row > 1 else 0.0
         self._start_seconds = now_seconds + min(backoff_seconds, MAX_BACKOFF_SECONDS)
 
+    def start_anew(self) -> None:
+        """There is no worker, through no fault of the next one: it starts at once, and no death counts any more."""
+        self._deaths_in_a_row, self._start_seconds = 0, -math.inf
+
 
 @dataclass
 class _Worker:
@@ -82,8 +88,8 @@ class Supervisor:
         coordinator: its Ray handle.
         create_worker: makes the actor of a worker id, not yet running.
         stacks_folder: where workers write their stacks.
-        on_event: called from the supervisor's thread with worker_started, worker_died and worker_given_up, each with
-            the worker's id, and the reason.
+        on_event: called from the supervisor's thread with worker_started, worker_ready, worker_died and
+            worker_given_up, each with the worker's id, and the engine that it has built, or the reason.
 
     If all slots are given up, the coordinator fails, and so does every rank's take. If the coordinator is lost, the
     supervisor ends: the ranks find that out by themselves.
@@ -98,6 +104,7 @@ class Supervisor:
         self._on_event = on_event
         self._slots = [Slot(f"worker-{index}", rollout.max_deaths_in_a_row) for index in range(rollout.workers)]
         self._workers: dict[Any, _Worker] = {}  # by the reference of their run
+        self._replacement: Callable[[], None] | None = None  # what the thread is asked to do between two polls
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._thread.start()
@@ -106,6 +113,29 @@ class Supervisor:
         """From now on nothing is started or replaced."""
         self._stopping.set()
         self._thread.join(JOIN_SECONDS)  # a coordinator that does not answer holds it up: killed later, it ends both
+
+    def replace_all(self, create_worker: Callable[[str], Any], reason: str) -> None:
+        """From now on actors are made by ``create_worker``; returns when those before can deliver nothing any more.
+
+        Raises:
+            RolloutFailure: all workers are given up, or the coordinator is lost.
+            RolloutTimeout: not so within ``rollout.timeout_seconds``.
+        """
+        replaced = threading.Event()
+
+        def replace() -> None:
+            self._create_worker = create_worker
+            self._end_all(reason)
+            replaced.set()
+
+        self._replacement = replace
+        deadline = time.monotonic() + self._rollout.timeout_seconds
+        while not replaced.wait(POLL_SECONDS):
+            if not self._thread.is_alive():
+                raise RolloutFailure("the supervisor of workers has ended: they cannot be replaced")
+            if time.monotonic() > deadline:
+                raise RolloutTimeout(timed_out(
+                    self._rollout.timeout_seconds, "rank 0", "the supervisor of workers to replace all of them"))
 
     def end_workers(self, grace_seconds: float) -> None:
         """After :meth:`stop`: gives the workers time to end by themselves, then ends those that are left."""
@@ -137,9 +167,15 @@ class Supervisor:
     def _poll(self) -> None:
         import ray
 
+        if (replace := self._replacement) is not None:
+            self._replacement = None
+            replace()
         for slot in self._slots:
             if slot.start_is_due(time.monotonic()) and not self._stopping.is_set():
                 self._start(slot)
+        ready: dict[str, str] = self._wait_for(self._coordinator.newly_ready.remote(), "name those that are ready")
+        for worker_id, engine in ready.items():
+            self._on_event("worker_ready", {"worker": worker_id, "engine": engine})
         overdue: dict[str, str] = self._wait_for(self._coordinator.overdue.remote(), "name overdue workers")
         self._dismiss(overdue)
         if not self._workers:
@@ -183,6 +219,19 @@ class Supervisor:
         self._on_event("worker_died", event)
         if worker.slot.given_up:
             self._on_event("worker_given_up", event)
+
+    def _end_all(self, reason: str) -> None:
+        """All, before the first new one starts, which may need their GPUs."""
+        import ray
+
+        for worker in self._workers.values():
+            ray.kill(worker.actor)
+            self._wait_for(self._coordinator.release.remote(worker.worker_id, reason), f"release {worker.worker_id}")
+            self._stacks(worker.worker_id)
+            self._on_event("worker_died", {"worker": worker.worker_id, "reason": reason})
+        self._workers.clear()
+        for slot in self._slots:
+            slot.start_anew()
 
     def _stacks(self, worker_id: str) -> str:
         """Which deadline a dead worker passed, if it did; a file of stacks in which nothing was dumped is removed."""

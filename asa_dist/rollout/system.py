@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +28,12 @@ STOP_GRACE_SECONDS = 10.0
 class RolloutSystem:
     """A coordinator and supervised workers. They belong to the process that starts them, and end with it."""
 
-    def __init__(self, coordinator: Any, supervisor: Supervisor) -> None:
+    def __init__(self, coordinator: Any, supervisor: Supervisor, sampling: SamplingConfig,
+                 create_worker: Callable[[SamplingConfig, str], Any]) -> None:
         self._coordinator = coordinator
         self._supervisor = supervisor
+        self._sampling = sampling
+        self._create_worker = create_worker
 
     @classmethod
     def start(cls, run_name: str, config_folder: str, model: ModelConfig, sampling: SamplingConfig,
@@ -59,11 +64,24 @@ class RolloutSystem:
         worker_class = ray.remote(RolloutWorker).options(
             num_cpus=rollout.threads_per_worker, num_gpus=rollout.gpus_per_worker)
 
-        def create_worker(worker_id: str) -> Any:
+        def create_worker(sampling: SamplingConfig, worker_id: str) -> Any:
             return worker_class.remote(
                 worker_id, coordinator, config_folder, model, sampling, stacks_folder, build_engine)
 
-        return cls(coordinator, Supervisor(coordinator, create_worker, rollout, stacks_folder, on_event))
+        create_first = functools.partial(create_worker, sampling)
+        supervisor = Supervisor(coordinator, create_first, rollout, stacks_folder, on_event)
+        return cls(coordinator, supervisor, sampling, create_worker)
+
+    def fall_back(self, reason: str) -> None:
+        """Ends all workers; those that come now have engine ``hf``. Returns when none of the old ones can deliver.
+
+        Raises:
+            RolloutFailure: all workers are given up, or the coordinator is lost.
+            RolloutTimeout: not so within ``rollout.timeout_seconds``.
+        """
+        rollout = self._sampling.rollout.model_copy(update={"engine": "hf"})
+        self._sampling = dataclasses.replace(self._sampling, rollout=rollout)
+        self._supervisor.replace_all(functools.partial(self._create_worker, self._sampling), reason)
 
     def stop(self) -> None:
         """Lets idle workers end by themselves, ends the others after a short grace, then the coordinator."""

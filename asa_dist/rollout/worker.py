@@ -1,7 +1,13 @@
-"""A rollout worker: one engine, asked in turn to load weights and to generate. `supervisor` makes it a Ray actor.
+"""A rollout worker: keeps one engine full. `supervisor` makes it a Ray actor.
+
+    while the engine has room    asks for an order; waits for it only if nothing is under way
+        load a version           at once, under the responses that are under way
+        a lease                  begins it beside the others
+        rest                     the GPU is the trainer's for now: sleeps
+    while leases are under way   the engine advances, what is finished is delivered
 
     what goes wrong                              what the worker does
-    weights that do not fit, groups refused      forgets its version and loads again; three times in a row: ends
+    weights that do not fit, groups refused      loads again, begins again what is under way; three times in a row: ends
     a shard that is not what its rank published  tells the coordinator, goes on with the version it has
     an engine call beyond its deadline           writes the stacks of all its threads, ends
     anything else                                ends, with an error that says where and while doing what
@@ -17,17 +23,22 @@ import functools
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from asa_dist.config import ModelConfig
-from asa_dist.records import Lease, RolloutGroup
+from asa_dist.records import Lease, Response, RolloutGroup
 from asa_dist.rollout.calls import RolloutTimeout, wait_for
-from asa_dist.rollout.coordinator import LoadOrder, RolloutFailure
-from asa_dist.rollout.engine import NO_VERSION, Engine, SamplingConfig, WeightLoadError
+from asa_dist.rollout.coordinator import LoadOrder, Refusal, Rest, RolloutFailure
+from asa_dist.rollout.engine import NO_VERSION, Engine, EngineStartError, SamplingConfig, WeightLoadError
+from asa_dist.rollout.engine_choice import INSTALL_VLLM, chosen_engine, describe_engine
 
 MAX_RELOADS_IN_A_ROW = 3
+ANSWER_SECONDS = 0.01  # a few times what the coordinator needs to answer, if it has something
+SHORTEST_DEADLINE_SECONDS = 0.001  # of a timeout that has passed already
 
 EngineBuilder = Callable[[str, ModelConfig, SamplingConfig], Engine]
 
@@ -37,17 +48,36 @@ class WorkerError(Exception):
 
 
 def build_engine(config_folder: str, model: ModelConfig, sampling: SamplingConfig) -> Engine:
-    """The engine named by ``rollout.engine``, without weights, on this process's device."""
+    """The engine that ``rollout.engine`` means here, without weights, on this process's device.
+
+    Raises:
+        EngineStartError: it cannot be built here.
+    """
+    num_gpus = sampling.rollout.gpus_per_worker
+    device = "cuda" if num_gpus else "cpu"
+    if chosen_engine(sampling.rollout) == "vllm":
+        from asa_dist.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(config_folder, model, sampling, device, num_parts=max(num_gpus, 1))
+    if num_gpus > 1:  # the config could not know what auto means here
+        raise EngineStartError(f"rollout.gpus_per_worker = {num_gpus}: engine hf, which rollout.engine = "
+                               f"{sampling.rollout.engine} means here, uses one GPU; {INSTALL_VLLM}")
     from asa_dist.rollout.hf_engine import HfEngine
 
-    engines = {"hf": HfEngine}
-    device = "cuda" if sampling.rollout.gpus_per_worker else "cpu"
-    return engines[sampling.rollout.engine](config_folder, model, sampling, device)
+    return HfEngine(config_folder, model, sampling, device)
 
 
 def stacks_file(stacks_folder: str, worker_id: str) -> Path:
     """Where a worker that passes a deadline writes its stacks."""
     return Path(stacks_folder, f"{worker_id}.txt")
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A lease, and until when its groups have to be delivered."""
+
+    lease: Lease
+    deadline_seconds: float  # of time.monotonic
 
 
 class RolloutWorker:
@@ -72,6 +102,9 @@ class RolloutWorker:
         self._phase = "importing torch"
         self._served_version = NO_VERSION  # what the coordinator is told: NO_VERSION asks for the weights again
         self._reloads_in_a_row = 0
+        self._asked: Any = None  # reference of the order that was asked for
+        self._held: dict[int, _Held] = {}  # under way, by lease id
+        self._postponed: list[Lease] = []  # until the weights have come again
 
     def run(self) -> None:
         """Works until the coordinator says stop.
@@ -91,23 +124,60 @@ class RolloutWorker:
             raise WorkerError(message) from error
 
     def _work(self) -> None:
+        # On a GPU of the trainer's, not before it is this worker's turn: that begins with an order to load.
+        engine = None if self._rollout.placement == "shared" else self._built_engine()
+        while True:
+            # Where one lease comes from there may be another: their prompts are better read together.
+            if engine is None or not self._held or (engine.has_room and self._order_has_come(ANSWER_SECONDS)):
+                order = self._next_order()
+                if order is None:
+                    return
+                engine = engine or self._built_engine()
+                self._follow(engine, order)
+            else:
+                self._advance(engine)
+
+    def _built_engine(self) -> Engine:
+        self._phase = "building the engine"
         with self._deadline(self._rollout.timeout_seconds):
             engine = self._build_engine()
-        while (order := self._next_order()) is not None:
-            if isinstance(order, LoadOrder):
-                self._load(engine, order)
-            else:
-                self._generate(engine, order)
+        self._wait_for(self._coordinator.ready.remote(self._worker_id, describe_engine(self._rollout)),
+                       "the coordinator to note the engine")
+        return engine
 
-    def _next_order(self) -> Lease | LoadOrder | None:
+    def _order_has_come(self, timeout_seconds: float = 0.0) -> bool:
+        import ray
+
+        if self._asked is None:
+            self._asked = self._coordinator.lease.remote(self._worker_id, self._served_version)
+        return bool(ray.wait([self._asked], timeout=timeout_seconds)[0])
+
+    def _next_order(self) -> Lease | LoadOrder | Rest | None:
         """However long it takes, since an idle worker is no fault, as long as the coordinator answers at all."""
         import ray
 
-        self._phase = "waiting for a lease"
-        order = self._coordinator.lease.remote(self._worker_id, self._served_version)
-        while not ray.wait([order], timeout=self._rollout.timeout_seconds)[0]:
-            self._beat()
-        return self._wait_for(order, "a lease")
+        if not self._order_has_come():
+            self._phase = "waiting for a lease"
+            while not ray.wait([self._asked], timeout=self._rollout.timeout_seconds)[0]:
+                self._beat()
+        asked, self._asked = self._asked, None
+        return self._wait_for(asked, "a lease")
+
+    def _follow(self, engine: Engine, order: Lease | LoadOrder | Rest) -> None:
+        if isinstance(order, LoadOrder):
+            self._load(engine, order)
+        elif isinstance(order, Rest):
+            self._phase = "going to sleep"
+            self._served_version = NO_VERSION
+            with self._deadline(self._rollout.timeout_seconds):
+                engine.sleep()
+        else:
+            self._postponed.append(order)
+        if self._served_version != NO_VERSION:
+            for lease in self._postponed:
+                self._held[lease.lease_id] = _Held(lease, time.monotonic() + self._rollout.lease_timeout_seconds)
+                engine.begin(lease.lease_id, lease.prompts)
+            self._postponed.clear()
 
     def _load(self, engine: Engine, order: LoadOrder) -> None:
         from asa_dist.rollout.weights import CorruptShardError, assemble
@@ -126,20 +196,30 @@ class RolloutWorker:
         except WeightLoadError as error:
             self._load_again(error)
 
-    def _generate(self, engine: Engine, lease: Lease) -> None:
-        where = f"step {lease.step} from group {lease.first_index}"
-        self._phase = f"generating {where} with version {engine.version}"
-        with self._deadline(self._rollout.lease_timeout_seconds):
-            responses = engine.generate(lease.prompts)
+    def _advance(self, engine: Engine) -> None:
+        first = next(iter(self._held.values()))  # the one that is due first
+        others = f" and {len(self._held) - 1} more" * (len(self._held) > 1)
+        self._phase = f"generating {_place(first.lease)}{others} with version {engine.version}"
+        with self._deadline(self._rollout.lease_timeout_seconds, first.deadline_seconds - time.monotonic()):
+            while not (finished := engine.advance()) and not (engine.has_room and self._order_has_come()):
+                pass
+        refusals = [self._deliver(self._held.pop(lease_id).lease, responses) for lease_id, responses in finished]
+        if suspect := [refusal for refusal in refusals if refusal is not None and not refusal.late]:
+            engine.drop()  # what the same weights have begun
+            self._postponed += [held.lease for held in self._held.values()]
+            self._held.clear()
+            self._load_again(RuntimeError(f"delivery refused: {suspect[0].reason}"))
+
+    def _deliver(self, lease: Lease, responses: Sequence[tuple[Response, ...]]) -> Refusal | None:
         groups = [RolloutGroup(lease.step, lease.first_index + offset, prompt, siblings)
                   for offset, (prompt, siblings) in enumerate(zip(lease.prompts, responses, strict=True))]
-        self._phase = f"delivering {where}"
-        refusal = self._wait_for(self._coordinator.deliver.remote(self._worker_id, lease.lease_id, groups),
-                                 "the coordinator to take the groups")
+        self._phase = f"delivering {_place(lease)}"
+        refusal: Refusal | None = self._wait_for(
+            self._coordinator.deliver.remote(self._worker_id, lease.lease_id, groups),
+            "the coordinator to take the groups")
         if refusal is None:
             self._reloads_in_a_row = 0
-        elif not refusal.late:
-            self._load_again(RuntimeError(f"delivery refused: {refusal.reason}"))
+        return refusal
 
     def _load_again(self, problem: Exception) -> None:
         """The weights of this engine are not to be trusted: they come once more, unless that did not help before."""
@@ -175,8 +255,11 @@ class RolloutWorker:
             ended.set()
 
     @contextlib.contextmanager
-    def _deadline(self, timeout_seconds: float) -> Iterator[None]:
+    def _deadline(self, timeout_seconds: float, left_seconds: float | None = None) -> Iterator[None]:
         """If what it encloses takes longer: the stacks of all threads go to a file, and this process ends.
+
+        Args:
+            left_seconds: of the timeout; None = all of it.
 
         Python's watchdog does not need the interpreter, so that it works while an extension holds on to it.
         """
@@ -186,7 +269,8 @@ class RolloutWorker:
                 self._stacks.seek(0)
                 self._stacks.truncate()
                 self._stacks.write(f"{where}, deadline {timeout_seconds:g} s:\n".encode())  # the stacks follow, or none
-        faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=self._stacks or sys.stderr)
+        left_seconds = max(timeout_seconds if left_seconds is None else left_seconds, SHORTEST_DEADLINE_SECONDS)
+        faulthandler.dump_traceback_later(left_seconds, exit=True, file=self._stacks or sys.stderr)
         try:
             yield
         finally:
@@ -205,3 +289,7 @@ class RolloutWorker:
                 self._stacks.close()
                 with contextlib.suppress(OSError):
                     self._stacks_path.unlink()
+
+
+def _place(lease: Lease) -> str:
+    return f"step {lease.step} from group {lease.first_index}"

@@ -26,9 +26,10 @@ class FakeClock:
 
 
 def make_coordinator(max_policy_age: int = 0, groups_per_lease: int = 2, clock: FakeClock | None = None,
-                     max_queue_bytes: int = 10**6) -> Coordinator:
-    rollout = RolloutConfig(max_policy_age=max_policy_age, responses_per_prompt=G, max_queue_bytes=max_queue_bytes,
-                            lease_timeout_seconds=50.0, heartbeat_timeout_seconds=30.0, timeout_seconds=100.0)
+                     max_queue_bytes: int = 10**6, placement: str = "separate") -> Coordinator:
+    rollout = RolloutConfig(placement=placement, max_policy_age=max_policy_age, responses_per_prompt=G,
+                            max_queue_bytes=max_queue_bytes, lease_timeout_seconds=50.0, heartbeat_timeout_seconds=30.0,
+                            timeout_seconds=100.0)
     return Coordinator(rollout, groups_per_lease, clock or FakeClock())
 
 
@@ -85,6 +86,40 @@ def test_newest_weights_come_before_work() -> None:
         order = await coordinator.lease("w", 0)
         assert isinstance(order, LoadOrder) and order.manifest.version == 1 and order.shard_refs == ("ref 1.0",)
         assert isinstance(await coordinator.lease("w", 1), Lease)
+    run(scenario())
+
+
+def test_a_busy_worker_gets_more_but_leaves_a_bundle_for_each_that_is_less_busy() -> None:
+    async def scenario() -> None:
+        coordinator = make_coordinator(groups_per_lease=1)
+        await publish(coordinator, 0)
+        await coordinator.submit_prompts(0, make_prompts(0, 4))
+        for worker in ("a", "b"):
+            assert isinstance(await coordinator.lease(worker, -1), LoadOrder)  # b loads for a while
+        leases = [await coordinator.lease("a", 0) for _ in range(3)]
+        assert [lease.first_index for lease in leases] == [0, 1, 2]
+        more = await pending(coordinator.lease("a", 0))
+        assert (await coordinator.lease("b", 0)).first_index == 3
+        await coordinator.submit_prompts(1, make_prompts(1, 2))
+        await coordinator.deliver("a", 0, answer(leases[0], 0))
+        assert not more.done()  # these need another version
+        await coordinator.stop()
+        assert await more is None
+    run(scenario())
+
+
+def test_nothing_is_left_for_a_worker_that_is_gone_or_has_never_asked() -> None:
+    async def scenario() -> None:
+        coordinator = make_coordinator(groups_per_lease=2)
+        await publish(coordinator, 0)
+        await coordinator.submit_prompts(0, make_prompts(0, 4))
+        for worker in ("a", "b"):
+            assert isinstance(await coordinator.lease(worker, -1), LoadOrder)
+        await coordinator.register("c")  # takes its time to start
+        await coordinator.lease("a", 0)
+        more = await pending(coordinator.lease("a", 0))
+        await coordinator.release("b", "kill -9")
+        assert (await more).first_index == 2
     run(scenario())
 
 

@@ -63,18 +63,19 @@ def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("visible", "num_gpus", "expected"), [
-    (None, 3, ["5", "6", "7"]), (None, 0, []), ("8,9,a,b,c,d,e,f", 2, ["e", "f"])])
+@pytest.mark.parametrize(("placement", "visible", "num_gpus", "expected"), [
+    ("separate", None, 3, ["5", "6", "7"]), ("separate", None, 0, []), ("separate", "8,9,a,b,c,d,e,f", 2, ["e", "f"]),
+    ("shared", None, 3, ["0", "1", "2"]), ("shared", None, 0, []), ("shared", "8,9,a,b,c,d,e,f", 2, ["8", "9"])])
 @pytest.mark.parametrize("num_devices", [0, 8, 16])
-def test_rollouts_have_the_last_gpus(
-    monkeypatch: pytest.MonkeyPatch, devices: Path, visible: str | None, num_gpus: int, expected: list[str],
-    num_devices: int,
+def test_rollouts_have_the_last_gpus_or_share_the_first(
+    monkeypatch: pytest.MonkeyPatch, devices: Path, placement: str, visible: str | None, num_gpus: int,
+    expected: list[str], num_devices: int,
 ) -> None:  # fmt: skip
     for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(num_devices))):
         (devices / name).touch()
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert ray_gpus(num_gpus, 8) == expected
+    assert ray_gpus(num_gpus, 8, placement) == expected
 
 
 @pytest.mark.parametrize(("visible", "shown"), [
@@ -88,7 +89,7 @@ def test_other_gpus_than_the_job_is_made_for(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ClusterError, match=f"the job is made for 8 GPUs per node, {shown}"):
-        ray_gpus(4, 8)
+        ray_gpus(4, 8, "separate")
 
 
 def test_the_head_is_who_has_its_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from asa_dist.rollout import sampling
 from asa_dist.rollout.sampling import choose_tokens, gumbel_noise, sampling_keys, truncate
 
 
@@ -30,8 +32,6 @@ def chi_square_z(counts: Tensor, probabilities: Tensor) -> float:
 
 def test_mixing_is_splitmix64() -> None:
     """Java's SplittableRandom(0) starts with these outputs; computed here with Python's integers as well."""
-    from asa_dist.rollout import sampling
-
     state = torch.tensor([1, 2, 3], dtype=torch.int64) * sampling._GOLDEN
     found = [value % 2**64 for value in sampling._mix(state).tolist()]
     assert found == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
@@ -79,12 +79,45 @@ def test_noise_is_always_finite() -> None:
     assert noise(0, 0, 0, torch.arange(1000), 0, 5000).isfinite().all()
 
 
-@pytest.mark.parametrize("bits", [0, -1, 2**63 - 1, -(2**63)])
-def test_noise_is_finite_for_extreme_bits(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asa_dist.rollout.sampling._mix", lambda x: torch.full_like(x, bits))
-    noise_BV = gumbel_noise(torch.zeros(1, dtype=torch.int64), torch.tensor(0), 3)
-    assert noise_BV.isfinite().all()
-    assert noise_BV.max() < 40
+def test_noise_is_finite_for_extreme_words() -> None:
+    """And ascending in −u: the first word counts, but for its sign; the second one only where that one is small."""
+    bits_V = torch.tensor([0, 0, 0, 1, 2**23, 2**30, 2**31 - 1], dtype=torch.int32)
+    fraction_V = torch.tensor([-(2**31), 0, 2**31 - 1, -(2**31), 0, 0, 2**31 - 1], dtype=torch.int32)
+    noise_BV = torch.empty(2, 7)
+    sampling._write_gumbel(noise_BV, torch.stack([bits_V, bits_V - 2**31]), fraction_V.expand(2, -1))
+    assert torch.equal(noise_BV[0], noise_BV[1])
+    assert noise_BV.isfinite().all() and noise_BV.max() < 40
+    assert (noise_BV.diff() <= 0).all()
+    assert noise_BV[0, 1] == pytest.approx(32 * math.log(2), abs=1e-5)  # u = 2⁻³²
+    assert noise_BV[0, 5] == pytest.approx(-math.log(math.log(2)), abs=1e-5)  # u = 1/2
+
+
+def test_the_tail_is_finer_than_31_bits() -> None:
+    """Among so many tokens some have u < 2⁻²², and no two of them the same."""
+    noise_V = noise(5, 1, 2, torch.arange(200), 4, 200_000).flatten()
+    largest = noise_V[noise_V > 22 * math.log(2)]
+    assert 2 < len(largest) < 30  # 9.5 expected
+    assert largest.unique().numel() == len(largest)
+
+
+def test_rows_and_their_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many rows are computed at once is nothing that a value depends on."""
+    key_B = sampling_keys(9, torch.zeros(17, dtype=torch.int64), torch.arange(17), torch.arange(17))
+    together = gumbel_noise(key_B, torch.tensor(3), 301)
+    monkeypatch.setattr(sampling, "_CACHED_ELEMENTS", 5 * 301)
+    assert torch.equal(gumbel_noise(key_B, torch.tensor(3), 301), together)
+
+
+def test_mixing_32_bits_is_lowbias32() -> None:
+    """Computed with Python's integers as well."""
+    def slow(value: int) -> int:
+        for count, multiplier in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+            value = (value ^ value >> count) * multiplier % 2**32
+        return value ^ value >> 15
+
+    values = [0, 1, 2, 2**31 - 1, 2**31, 2**32 - 1, 0x9E3779B9]
+    signed = torch.tensor(values, dtype=torch.int64).to(torch.int32)
+    assert [found % 2**32 for found in sampling._mix_32(signed).tolist()] == [slow(value) for value in values]
 
 
 def test_a_row_alone_equals_the_row_in_a_batch() -> None:

@@ -45,3 +45,16 @@ def test_given_up(max_deaths_in_a_row: int) -> None:
         slot.died(0.0, deliveries, reason="")
     assert slot.given_up
     assert not slot.start_is_due(1e9)
+
+
+def test_after_a_replacement_nothing_of_before_counts() -> None:
+    slot = Slot("worker-0", max_deaths_in_a_row=2)
+    for _ in range(2):
+        slot.start()
+        slot.died(100.0, num_delivered=0, reason="")
+    assert slot.given_up
+    slot.start_anew()
+    assert slot.start_is_due(100.0) and slot.start() == "worker-0.2"
+    assert not slot.start_is_due(1e9)
+    slot.died(100.0, num_delivered=0, reason="")
+    assert not slot.given_up and seconds_until_start(slot, 100.0) == 0

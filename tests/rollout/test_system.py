@@ -37,7 +37,8 @@ def test_publish_generate_take(ray_handle: RayHandle, tmp_path: Path) -> None:
                                                  r"Coordinator: newest complete version 2; .*open steps: none"):
             impatient.take(3)
         impatient.close()
-    assert run.events == [("worker_started", {"worker": "worker-0"})]
+    assert run.events == [
+        ("worker_started", {"worker": "worker-0"}), ("worker_ready", {"worker": "worker-0", "engine": "hf"})]
     assert list(run.stacks.iterdir()) == []
 
 
