@@ -17,12 +17,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from asa_dist.asa.errors import RolloutsUnavailable
+from asa_dist.asa.errors import RolloutsUnavailable, TrainingError
+from asa_dist.asa.mismatch import MismatchGuard
 from asa_dist.asa.objective import GlobalCounts, StepInputs, StepResult, step_inputs
 from asa_dist.asa.packing import MicroBatch, TextTables, join, pack_groups
 from asa_dist.asa.stepping import StepEngine, SteppedLoop, StepRecorder, of_another_version, part_of, require_usable
@@ -60,11 +61,14 @@ class Rollouts(Protocol):
     def request(self, step: int) -> None: ...
     def take(self, step: int) -> list[RolloutGroup]: ...
     def publish(self, version: int) -> None: ...
+    def fall_back(self, reason: str) -> None: ...  # to the trainer's own model
 
 
 class Recorder(StepRecorder, Protocol):
     """Where results go."""
 
+    def say(self, message: str) -> None: ...
+    def event(self, name: str, /, **details: Any) -> None: ...
     def samples(
         self, step: int, groups: Sequence[RolloutGroup], terms: Sequence[dict[str, Tensor]], tau: float
     ) -> None: ...
@@ -87,9 +91,13 @@ class AsaLoop(SteppedLoop):
     engine: Engine
     corpus: Corpus
     rollouts: Rollouts
+    rollout_engine: Literal["hf", "vllm"]  # of all workers, as far as rank 0 knows
     recorder: Recorder
     learning_rates: Callable[[int], dict[str, float]]
     counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0.0))
+
+    def __post_init__(self) -> None:
+        self._mismatch_guard = MismatchGuard(self.config.rollout, self.config.model, self.rollout_engine)
 
     def run(self, num_steps: int) -> int:
         """Trains steps ``finished`` … num_steps − 1; ends early if any rank's ``stop_code`` says so.
@@ -158,6 +166,7 @@ class AsaLoop(SteppedLoop):
         if (step + 1) % self.config.train.eval_every_steps == 0 or step + 1 == num_steps:
             values |= self._evaluate()
         self.recorder.metrics(values)
+        self._guard_against_mismatch(values, is_ending=bool(stop) or self.finished == num_steps)
         return stop
 
     def _take(self, step: int) -> list[RolloutGroup]:
@@ -179,6 +188,23 @@ class AsaLoop(SteppedLoop):
         if (ahead := self.finished + self.config.rollout.max_policy_age) < num_steps:
             self.rollouts.request(ahead)
         return publish_seconds
+
+    def _guard_against_mismatch(self, values: dict[str, float], is_ending: bool) -> None:
+        """Says, mends or ends it if rollouts are not those of the policy that is trained: `rollout.on_mismatch`.
+
+        A run that is ending has nothing to act for.
+        """
+        if (found := self._mismatch_guard.look(values)) is None:
+            return
+        self.recorder.event("rollout_mismatch", **found.event)
+        self.recorder.say(found.message)
+        if is_ending:
+            return
+        if found.action == "fall_back":
+            self.rollouts.fall_back(f"step {self.finished}: rollout.on_mismatch = fall_back: engine hf from now on")
+        if found.action == "stop":
+            self._save()
+            raise TrainingError(f"{found.headline}. {found.consequence}")
 
     # --- between two steps --------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,9 @@ class LocalEngine:
     def peak_memory_bytes(self) -> int:
         return 1
 
+    def generator_shards(self) -> list[Tensor]:
+        return [parameter.detach().flatten() for part, _, parameter in named_parts(self.model) if part == PSI]
+
 
 class LocalCorpus:
     def __init__(self, config: Config):
@@ -116,13 +120,22 @@ class LocalRollouts:
         )
         self.calls: list[tuple[str, int]] = []
         self.unavailable_from = math.inf  # step
+        self.noise = 0.0  # standard deviation of what the engine makes of each weight
 
     def request(self, step: int) -> None:
         self.calls.append(("request", step))
 
     def publish(self, version: int) -> None:
         self.calls.append(("publish", version))
-        self._engine.load(version, ((name, p.detach()) for part, name, p in named_parts(self._model) if part == PSI))
+        noise = torch.Generator().manual_seed(0)
+        self._engine.load(version, (
+            (name, p.detach() + self.noise * torch.randn(p.shape, generator=noise))
+            for part, name, p in named_parts(self._model) if part == PSI))
+
+    def fall_back(self, reason: str) -> None:
+        """Too late for what was published already."""
+        self.calls.append(("fall_back", self._engine.version))
+        self.noise = 0.0
 
     def take(self, step: int) -> list[RolloutGroup]:
         self.calls.append(("take", step))
@@ -143,6 +156,14 @@ class ListRecorder:
     prompt_ids: list[list[int]] = field(default_factory=list)
     sampled_steps: list[int] = field(default_factory=list)
     skipped_steps: list[int] = field(default_factory=list)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+    def say(self, message: str) -> None:
+        self.messages.append(message)
+
+    def event(self, name: str, /, **details: Any) -> None:
+        self.events.append((name, details))
 
     def metrics(self, values: dict[str, float]) -> None:
         self.rows.append(values)
@@ -195,6 +216,7 @@ def local_run(config: Config, folder: Path) -> LocalRun:
         config=config, rank=0, num_ranks=1, device=torch.device("cpu"), tables=worlds.TABLES,
         state=AlignmentState(config.evaluator, config.model.architecture.hidden_size, model.vocab_size),
         engine=engine, corpus=LocalCorpus(config), rollouts=rollouts, recorder=recorder,
+        rollout_engine="hf" if config.rollout.engine == "hf" else "vllm",
         checkpoints=checkpoints, learning_rates=lambda step: dict.fromkeys(PARTS, 1e-3), stop_code=lambda: 0,
     )
     return LocalRun(loop, engine, rollouts, recorder, checkpoints)

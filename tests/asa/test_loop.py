@@ -196,3 +196,64 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"2 steps in a row, the last one step 4.*the loss; .*\[12, 13, 14, 15\]"):
         run.loop.run(9)
     assert list(run.checkpoints.kept) == [4]
+
+
+# --- rollouts of another policy -----------------------------------------------------------------------------------
+def mismatched(folder: Path, **rollout: Any) -> LocalRun:
+    """The engine's weights are not the published ones."""
+    settings = config()
+    update = {"mismatch_patience_steps": 2, **rollout}
+    run = local_run(settings.model_copy(update={"rollout": settings.rollout.model_copy(update=update)}), folder)
+    run.rollouts.noise = 0.3
+    return run
+
+
+def kl_by_step(run: LocalRun) -> dict[int, float]:
+    return {int(row["step"]): row["rollout/mismatch_kl"] for row in run.recorder.rows if "rollout/mismatch_kl" in row}
+
+
+def told(run: LocalRun) -> list[tuple[int, str]]:
+    """(step, action) of every event, each said, too."""
+    assert [name for name, _ in run.recorder.events] == ["rollout_mismatch"] * len(run.recorder.messages)
+    return [(details["step"], details["action"]) for _, details in run.recorder.events]
+
+
+def test_a_mismatch_is_said_and_training_goes_on(tmp_path: Path) -> None:
+    run = mismatched(tmp_path)
+    run.loop.run(5)
+    assert min(kl_by_step(run).values()) > 0.1 and list(kl_by_step(run)) == [1, 2, 3, 4, 5]
+    assert told(run) == [(1, "warn"), (2, "warn")], "one large difference on policy; then that it lasts"
+    assert "weights that are not the published ones" not in run.recorder.messages[1], "hf has no other way to be wrong"
+    assert "Likely causes" in run.recorder.messages[1]
+
+
+def test_a_mismatch_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    run = mismatched(tmp_path, on_mismatch="stop")
+    with pytest.raises(TrainingError, match=r"^step 2: .* 2 step\(s\) in a row above .* = 0.1; .*: the run stops$"):
+        run.loop.run(5)
+    assert told(run)[-1] == (2, "stop")
+    assert list(run.checkpoints.kept) == [2] and run.loop.finished == 2
+
+
+def test_falling_back_mends_a_mismatch(tmp_path: Path) -> None:
+    run = mismatched(tmp_path, on_mismatch="fall_back", engine="auto")
+    run.loop.run(9)
+    assert told(run) == [(1, "warn"), (2, "fall_back")]
+    assert run.rollouts.calls.count(("fall_back", 2)) == 1
+    assert kl_by_step(run)[3] > 0.1, "it was under way"
+    assert max(kl for step, kl in kl_by_step(run).items() if step > 3) < 1e-9
+    assert run.loop.finished == 9
+
+
+def test_a_fall_back_that_does_not_help_ends_the_run(tmp_path: Path) -> None:
+    run = mismatched(tmp_path, on_mismatch="fall_back", engine="auto")
+    run.rollouts.fall_back = lambda reason: None  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="fall_back: the run stops, as the engine is hf already"):
+        run.loop.run(9)
+    assert told(run) == [(1, "warn"), (2, "fall_back"), (5, "stop")]
+
+
+def test_who_ends_anyway_ends_as_asked(tmp_path: Path) -> None:
+    run = mismatched(tmp_path, on_mismatch="stop")
+    run.loop.stop_code = lambda: 2 if run.loop.finished == 2 else 0
+    assert run.loop.run(5) == 2
