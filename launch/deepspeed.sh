@@ -4,7 +4,8 @@
 #   launch/deepspeed.sh HOSTFILE CONFIG [--rollout-hostfile FILE] [--run-dir DIR] [key.sub=value …]
 #
 # HOSTFILE is DeepSpeed's, a line per host: "node0 slots=8", slots = trainer ranks. FILE names hosts that only generate:
-# "node1 slots=4 gpus=4", slots = CPUs for rollout workers; without it the first ones generate, too, on the CPU.
+# "node1 slots=4 gpus=4", slots = CPUs for rollout workers; without it the first ones generate, too: on the CPU, or, if
+# rollout.placement is shared, on the GPUs of their ranks.
 # Interpreter, code and run folder are at the same place on all hosts. The same command again goes on with the run.
 set -euo pipefail
 
@@ -27,6 +28,7 @@ main() {
     trap : PIPE
     # a config that cannot be used is refused before anything starts
     "$python" -m asa_dist.cli train "$config" "${overrides[@]}" --run-dir "$run_dir" --dry-run >/dev/null
+    find_placement
     mkdir -p "$run_dir"
     resolve_config
     work=$(mktemp -d /tmp/asa-launch-XXXXXXXXXX)  # mode 700
@@ -46,6 +48,16 @@ main() {
     run_ranks asa_dist.preflight "${options[@]}" ${rollouts:+--rollout-hosts "${rollouts[@]}"}
     has_begun=yes
     run_ranks asa_dist.train "${options[@]}" --resume --started-at "$started_at"
+}
+
+find_placement() {
+    local found
+    found=$("$python" -c 'import sys; from asa_dist.config import load_config
+config = load_config(sys.argv[1], sys.argv[2:])
+print(config.rollout.placement, config.train.gpus)' "$config" "${overrides[@]}")
+    read -r placement train_gpus <<<"$found"
+    [[ $placement == separate || -z $rollout_hostfile ]] \
+        || usage "rollout.placement shared: every host trains and generates, in turns: leave out --rollout-hostfile"
 }
 
 resolve_config() {  # for the ranks: pdsh would have every host's shell read the overrides, brackets and all
@@ -156,12 +168,13 @@ on() {  # on HOST COMMAND … &: by ssh, in this folder, with the environment of
 }
 
 start_ray_everywhere() {
-    local line cpus=0
+    local line cpus=0 gpus=0
     token=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
     ray=()
     while read -r line <&3; do
         if [[ -z $rollout_hostfile ]]; then cpus=$(value_of slots "$line"); fi
-        start_ray "${line%%[[:space:]]*}" "$cpus" 0
+        if [[ $placement == shared ]] && ((train_gpus > 0)); then gpus=$cpus; fi  # one for each rank
+        start_ray "${line%%[[:space:]]*}" "$cpus" "$gpus"
     done 3< <(lines_of "$hostfile")
     [[ -n $rollout_hostfile ]] || return 0
     while read -r line <&3; do
