@@ -6,7 +6,7 @@ RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 OVERRIDES ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels overlap clean
+.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels overlap rollout clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ kernels: $(INSTALLED)  ## compile every kernel for four GPUs, without one; write
 
 overlap: $(INSTALLED)  ## step time while generating beside training, against taking turns; an idle machine, 5 minutes
 	$(VENV)/bin/python benchmarks/overlap.py
+
+rollout: $(INSTALLED)  ## tokens/s through the rollout worker beside bare vLLM, engines vllm and hf; an idle machine, 20 minutes
+	$(VENV)/bin/python benchmarks/rollout.py --out benchmarks/rollout.json
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

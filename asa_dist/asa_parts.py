@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 from asa_dist.asa.loop import AsaLoop
 from asa_dist.asa.trust import AlignmentState
 from asa_dist.collaborators import PeriodicCheckpoints, RolloutFeed, WatchedEngine
-from asa_dist.config import Config
+from asa_dist.config import Config, RolloutConfig
 from asa_dist.rank import OpenRun, Rank, announce, describe_ranks, open_recorder, silence_transformers
 from asa_dist.rank_ray import joined_ray, rollout_actors, rollout_feed
+from asa_dist.rollout.engine_choice import chosen_engine, describe_engine
 from asa_dist.runtime.checkpoint import Checkpointer
 from asa_dist.runtime.data.feed import CorpusFeed
 from asa_dist.runtime.data.prepare import prepare
@@ -37,9 +38,10 @@ def open_asa(rank: Rank, parts: ExitStack) -> OpenRun:
     first_step = loaded.step if loaded else 0
     recorder = parts.enter_context(open_recorder(rank, first_step, config.train.steps, tokenizer.decode))
     announce(rank, recorder, _headline(rank, counts), doubtful_settings(config), first_step, damaged)
+    system = None
     if rank.is_first:
-        parts.enter_context(rollout_actors(config, run_dir, trunk, data.eos_id, recorder.event))
-    feed = parts.enter_context(rollout_feed(config, run_dir, placement, engine, watchdog, recorder.event))
+        system = parts.enter_context(rollout_actors(config, run_dir, trunk, data.eos_id, recorder.event))
+    feed = parts.enter_context(rollout_feed(config, run_dir, placement, engine, watchdog, recorder.event, system))
     checkpoints = PeriodicCheckpoints(
         checkpointer, config.checkpoint, feed, recorder, rank.stopping, watchdog, first_step
     )
@@ -64,11 +66,17 @@ def _build_loop(
         corpus=CorpusFeed(rank.run_dir, config.data, config.train, config.seed, model.vocab_size, placement.rank,
                           placement.num_ranks, engine.sum_over_ranks),
         rollouts=feed,
+        rollout_engine=_agreed_engine(config.rollout, engine),
         recorder=recorder,
         checkpoints=checkpoints,
         learning_rates=lambda step: learning_rates(step, config.train.steps, config.optimizer),
         stop_code=rank.stopping.code,
     )
+
+
+def _agreed_engine(rollout: RolloutConfig, engine: TrainEngine) -> Literal["hf", "vllm"]:
+    """What `auto` means on any rank's host."""
+    return "vllm" if any(engine.max_over_ranks([chosen_engine(rollout) == "vllm"])) else "hf"
 
 
 def doubtful_settings(config: Config) -> list[str]:
@@ -92,4 +100,5 @@ def doubtful_settings(config: Config) -> list[str]:
 def _headline(rank: Rank, counts: dict[str, int]) -> str:
     parameters = f"ψ {counts['psi']:,}, φ {counts['phi']:,}, ξ {counts['xi']:,} parameters"
     rollout = rank.config.rollout
-    return f"{parameters}; {describe_ranks(rank)}; {rollout.workers} rollout worker(s), engine {rollout.engine}"
+    workers = f"{rollout.workers} rollout worker(s), engine {describe_engine(rollout)}"
+    return f"{parameters}; {describe_ranks(rank)}; {workers}"

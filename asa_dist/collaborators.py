@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from asa_dist.asa.errors import RolloutsUnavailable
 from asa_dist.asa.objective import StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
-from asa_dist.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from asa_dist.config import CheckpointConfig, OptimizerConfig, RolloutConfig, TrainConfig
 from asa_dist.records import LedgerSnapshot, Prompt, RolloutGroup
 from asa_dist.rollout.calls import RolloutTimeout
 from asa_dist.rollout.client import RolloutClient
 from asa_dist.rollout.coordinator import RolloutFailure
 from asa_dist.rollout.snapshot import dump_snapshot, load_snapshot
+from asa_dist.rollout.system import RolloutSystem
 from asa_dist.runtime.checkpoint import Checkpointer
 from asa_dist.runtime.data.prompts import PromptStream
 from asa_dist.runtime.engine import Placement, TrainEngine
@@ -31,16 +33,20 @@ PATIENCE = 1.5
 class RolloutFeed:
     """The loop's view of rollouts: rank 0 hands in prompts, every rank takes its groups and publishes its shard.
 
+    ``prompts`` and ``system`` are rank 0's.
+
     After the first failure nothing of Ray is touched any more: a process that talks to a dead Ray may be ended by it.
     """
 
     def __init__(
-        self, client: RolloutClient, prompts: PromptStream | None, prompts_per_step: int, engine: TrainEngine,
-        watchdog: Watchdog, timeout_seconds: float,
+        self, client: RolloutClient, prompts: PromptStream | None, rollout: RolloutConfig, engine: TrainEngine,
+        watchdog: Watchdog, system: RolloutSystem | None = None,
     ):
-        self._client, self._prompts, self._per_step, self._engine = client, prompts, prompts_per_step, engine
-        self._watchdog = watchdog
-        self._timeout_seconds = 4 * timeout_seconds  # publishing, taking, publishing again, the coordinator's state
+        self._client, self._prompts, self._engine, self._watchdog = client, prompts, engine, watchdog
+        self._per_step, self._is_shared = rollout.prompts_per_step, rollout.placement == "shared"
+        # publishing, taking, publishing again, the coordinator's state
+        self._timeout_seconds = 4 * rollout.timeout_seconds
+        self._system = system
         self._problem = ""
 
     def request(self, step: int) -> None:
@@ -53,6 +59,8 @@ class RolloutFeed:
 
     def take(self, step: int) -> list[RolloutGroup]:
         groups: list[RolloutGroup] = []
+        if self._is_shared:
+            torch.cuda.empty_cache()  # for the workers that wake now; does nothing on a CPU
         self._attempt(lambda: groups.extend(self._client.take(step)))
         if self._problem:
             raise RolloutsUnavailable(self._problem)
@@ -60,6 +68,11 @@ class RolloutFeed:
 
     def publish(self, version: int) -> None:
         self._attempt(lambda: self._client.publish(version, self._engine.generator_shards()))
+
+    def fall_back(self, reason: str) -> None:
+        """Rank 0: from now on workers decode with the trainer's own model; the reason is for their events."""
+        if (system := self._system) is not None:
+            self._attempt(lambda: system.fall_back(reason))
 
     def snapshot(self) -> bytes | None:
         """Rank 0: queue and ledger; None if there are no rollouts any more: then they are generated again."""

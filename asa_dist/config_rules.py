@@ -204,11 +204,63 @@ def _rule_devices(config: Config) -> list[Problem]:
         )
     if config.train.offload_optimizer and config.train.zero_stage == 0:
         problems.append(("train.offload_optimizer", True, "needs train.zero_stage ≥ 1"))
-    if config.rollout.engine == "hf" and config.rollout.gpus_per_worker > 1:
+    return problems
+
+
+def _rule_tensor_parallel(config: Config) -> list[Problem]:
+    rollout, num_heads = config.rollout, config.model.architecture.num_attention_heads
+    key, num_gpus = "rollout.gpus_per_worker", config.rollout.gpus_per_worker
+    if num_gpus < 2:
+        return []
+    if rollout.engine == "hf":
+        return [(key, num_gpus, "engine hf uses one GPU: more workers with one each, or rollout.engine=vllm")]
+    if config.model.name_or_path is None and num_heads % num_gpus:
+        return [(key, num_gpus, f"must divide model.architecture.num_attention_heads {num_heads}, split over them")]
+    return []
+
+
+def _rule_shared_placement(config: Config) -> list[Problem]:
+    rollout, num_gpus = config.rollout, config.train.gpus
+    if rollout.placement == "separate":
+        return []
+    problems: list[Problem] = []
+    if rollout.max_policy_age > 0:
         problems.append(
-            ("rollout.gpus_per_worker", config.rollout.gpus_per_worker, "engine hf uses at most one GPU per worker")
+            (
+                "rollout.max_policy_age",
+                rollout.max_policy_age,
+                "must be 0 with rollout.placement shared: ranks and workers take turns, nobody generates ahead",
+            )
+        )
+    key, needed = "rollout.gpus_per_worker", rollout.workers * rollout.gpus_per_worker
+    if needed > num_gpus:
+        problems.append(
+            (
+                key,
+                rollout.gpus_per_worker,
+                f"with rollout.placement shared {rollout.workers} workers need {needed} of the trainer's GPUs, and it "
+                f"has {num_gpus}: fewer workers, or more train.gpus (of all nodes)",
+            )
+        )
+    elif needed == 0 and num_gpus > 0:
+        problems.append(
+            (key, 0, "must be at least 1 with rollout.placement shared: ranks have GPUs. Else set placement=separate")
         )
     return problems
+
+
+def _rule_fall_back(config: Config) -> list[Problem]:
+    rollout = config.rollout
+    if rollout.on_mismatch == "fall_back" and rollout.gpus_per_worker > 1:
+        return [
+            (
+                "rollout.on_mismatch",
+                "fall_back",
+                f"falls back to engine hf, which uses one GPU; rollout.gpus_per_worker is {rollout.gpus_per_worker}: "
+                "choose warn or stop",
+            )
+        ]
+    return []
 
 
 def _rule_deadlines(config: Config) -> list[Problem]:
@@ -253,8 +305,9 @@ UNUSED = {
     "asa": ("udasa",),
     "udasa": (
         "model.architecture", "data.sources", "data.tokenizer", "data.heldout_fraction", "data.max_heldout_rows",
-        "data.max_documents", "data.shuffle_buffer_documents", "rollout.prompts_per_step", "rollout.min_prompt_tokens",
-        "rollout.prompt_variants", "rollout.max_policy_age", "rollout.max_queue_bytes",
+        "data.max_documents", "data.shuffle_buffer_documents", "rollout.placement", "rollout.prompts_per_step",
+        "rollout.min_prompt_tokens", "rollout.prompt_variants", "rollout.max_policy_age", "rollout.mismatch_kl_bound",
+        "rollout.mismatch_patience_steps", "rollout.on_mismatch", "rollout.max_queue_bytes",
         "rollout.heartbeat_timeout_seconds", "evaluator", "objective", "optimizer.lr_psi", "optimizer.lr_phi",
         "optimizer.lr_xi", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.final_fraction",
         "optimizer.robbins_monro_t0", "optimizer.robbins_monro_power", "train.steps", "train.corpus_rows_per_step",
@@ -303,6 +356,7 @@ COMMON_RULES: tuple[Rule, ...] = (
     _rule_files_exist,
     _rule_context,
     _rule_devices,
+    _rule_tensor_parallel,
 )
 RULES: dict[str, tuple[Rule, ...]] = {
     "asa": (
@@ -314,7 +368,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _rule_leases_divide,
         _rule_prompt_lengths,
         _rule_prompt_variants,
+        _rule_fall_back,
         _rule_deadlines,
+        _rule_shared_placement,
         _rule_raw_embedding,
         _rule_intrinsic_weights,
         _rule_distinct_principles,

@@ -34,7 +34,7 @@ from asa_dist.trained import Ledger, tally
 SHOWN_EVENTS = 10
 SHOWN_IDS = 5
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
-ROUTINE_EVENTS = {"checkpoint", "worker_started"}  # counted, but not listed
+ROUTINE_EVENTS = {"checkpoint", "worker_started", "worker_ready"}  # counted, but not listed
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asa_dist.config import Config, ConfigError
+from asa_dist.config import Config, ConfigError, RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class JobLayout:
         gpus_per_node: on every node; 0 = the run is on CPUs.
         ranks_per_node: trainer ranks on each node that trains; they have its first GPUs.
         workers_per_node: rollout workers on each node that generates, at most.
-        ray_cpus_per_node, ray_gpus_per_node: what those may use there; the last GPUs.
+        ray_cpus_per_node, ray_gpus_per_node: what those may use there; the last GPUs, with `rollout.placement` shared
+            the first ones.
     """
 
     num_nodes: int
@@ -42,7 +43,7 @@ def plan_layout(
 ) -> JobLayout:
     """
     Args:
-        config: `train.ranks` are those of one node; with GPUs there is one per GPU that no rollout worker has.
+        config: `train.ranks` are those of one node; with GPUs there is one per GPU that no worker has for itself.
         origin: the config's name in messages.
 
     Raises:
@@ -55,19 +56,30 @@ def plan_layout(
     if config.method == "udasa":  # it starts its stages itself, one after the other on the same GPUs
         return JobLayout(num_nodes, 0, gpus_per_node, config.num_ranks, workers, ray_cpus, 0)
     num_ranks = train.ranks
+    is_shared = rollout.placement == "shared"
     if gpus_per_node:
-        num_ranks = gpus_per_node if num_rollout_nodes else gpus_per_node - ray_gpus
+        num_ranks = gpus_per_node if num_rollout_nodes or is_shared else gpus_per_node - ray_gpus
     if ray_gpus > gpus_per_node or num_ranks < 1:
-        whose = "of a node that only generates" if num_rollout_nodes else "of a node, beside one trainer rank at least"
+        whose, advice = "of a node, beside one trainer rank at least", "or more --rollout-nodes"
+        if num_rollout_nodes:
+            whose = "of a node that only generates"
+        elif is_shared:
+            whose, advice = "of a node, which ranks have, too", "or more --nodes"
         raise ConfigError(
             f"{origin}: rollout.workers = {rollout.workers} x rollout.gpus_per_worker = {rollout.gpus_per_worker} need "
-            f"{ray_gpus} GPUs {whose}; --gpus-per-node is {gpus_per_node}: fewer workers, or more --rollout-nodes"
+            f"{ray_gpus} GPUs {whose}; --gpus-per-node is {gpus_per_node}: fewer workers, {advice}"
         )
     return JobLayout(num_nodes, num_rollout_nodes, gpus_per_node, num_ranks, workers, ray_cpus, ray_gpus)
 
 
 def _check_nodes(config: Config, origin: str, num_nodes: int, num_rollout_nodes: int, gpus_per_node: int) -> None:
     workers, gpus = config.rollout.workers, config.train.gpus
+    is_shared = config.rollout.placement == "shared"
+    if is_shared and num_rollout_nodes:
+        raise ConfigError(
+            f"{origin}: rollout.placement = 'shared': every node trains and generates, in turns: no --rollout-nodes "
+            f"{num_rollout_nodes}, or rollout.placement=separate"
+        )
     if config.method == "udasa" and num_nodes > 1:
         raise ConfigError(f"{origin}: method = 'udasa' runs on one node for now: --nodes {num_nodes} is too many")
     if num_rollout_nodes >= num_nodes:
@@ -77,9 +89,10 @@ def _check_nodes(config: Config, origin: str, num_nodes: int, num_rollout_nodes:
     if gpus and not gpus_per_node:
         raise ConfigError(f"{origin}: train.gpus = {gpus}: say how many GPUs a node has, with --gpus-per-node")
     if config.rollout.gpus_per_worker and not num_rollout_nodes and workers % num_nodes:
+        elsewhere = "" if is_shared else ", or have nodes of their own by --rollout-nodes"
         raise ConfigError(
             f"{origin}: rollout.workers = {workers} share the GPUs of {num_nodes} nodes with the trainer: must be a "
-            f"multiple of {num_nodes}, or have nodes of their own by --rollout-nodes"
+            f"multiple of {num_nodes}{elsewhere}"
         )
 
 
@@ -90,10 +103,12 @@ def who_is_where(config: Config, layout: JobLayout) -> list[str]:
     ranks = f"{counted(layout.num_ranks, 'trainer rank')}, {layout.ranks_per_node} per node"
     rank_gpus, worker_gpus = layout.ranks_per_node, layout.ray_gpus_per_node
     if layout.gpus_per_node:
-        ranks += f" on {_gpus(0, rank_gpus)}"
+        ranks += f" on {gpu_names(0, rank_gpus)}"
     workers = f"{counted(rollout.workers, 'rollout worker')}, {layout.workers_per_node} per node"
     if worker_gpus:
-        workers += f" on {_gpus(layout.gpus_per_node - worker_gpus, layout.gpus_per_node)}"
+        first = 0 if rollout.placement == "shared" else layout.gpus_per_node - worker_gpus
+        workers += f" on {gpu_names(first, first + worker_gpus)}"
+    workers += in_turns(rollout)
     rows = [
         (_nodes(1, layout.num_trainer_nodes), f"{ranks}; ZeRO stage {train.zero_stage}"),
         (_nodes(first_generating, layout.num_nodes), f"{workers}; engine {rollout.engine}"),
@@ -106,8 +121,14 @@ def _nodes(first: int, last: int) -> str:
     return f"node {first}" if first == last else f"nodes {first} to {last}"
 
 
-def _gpus(first: int, end: int) -> str:
+def gpu_names(first: int, end: int) -> str:
+    """Without the last one."""
     return f"GPU {first}" if end == first + 1 else f"GPUs {first} to {end - 1}"
+
+
+def in_turns(rollout: RolloutConfig) -> str:
+    """Of its workers, for people."""
+    return ", in turns with the ranks" if rollout.placement == "shared" else ""
 
 
 def counted(number: int, what: str) -> str:

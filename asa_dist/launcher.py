@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asa_dist.config import Config, ConfigError
+from asa_dist.job_layout import gpu_names, in_turns
+from asa_dist.rollout.engine_choice import describe_engine
 from asa_dist.runtime.checkpoint_files import CheckpointFolder, list_checkpoints, newest_whole
 from asa_dist.runtime.ownership import TakenOver
 from asa_dist.runtime.run_lock import hold_run_folder
@@ -36,15 +38,17 @@ def process_layout(config: Config) -> str:
     """Who runs where, for people."""
     train, rollout = config.train, config.rollout
     ranks = describe_ranks(config)
-    if gpus := rollout.workers * rollout.gpus_per_worker:
-        workers = f"rollout workers: {rollout.workers}, on GPUs {train.gpus} to {train.gpus + gpus - 1}"
+    if num_gpus := rollout.workers * rollout.gpus_per_worker:
+        first = 0 if rollout.placement == "shared" else train.gpus
+        place = f"on {gpu_names(first, first + num_gpus)}"
     else:
-        workers = f"rollout workers: {rollout.workers}, on the CPU, threads each: {rollout.threads_per_worker}"
+        place = f"on the CPU, threads each: {rollout.threads_per_worker}"
     return (
         f"  {ranks}; ZeRO stage {train.zero_stage}\n"
         f"    per step, all ranks: {train.corpus_rows_per_step} corpus rows, {rollout.prompts_per_step} groups of "
         f"{rollout.responses_per_prompt} responses; micro-batches per rank: {train.accumulation_steps}\n"
-        f"  {workers}; engine {rollout.engine}, groups per call: {config.groups_per_lease}\n"
+        f"  rollout workers: {rollout.workers}, {place}{in_turns(rollout)}; engine {describe_engine(rollout)}, "
+        f"groups per lease: {config.groups_per_lease}\n"
         f"  coordinator: 1; policy age at most {rollout.max_policy_age}"
     )
 
@@ -53,7 +57,7 @@ def describe_ranks(config: Config) -> str:
     """Trainer ranks and their devices, for people."""
     train = config.train
     if train.gpus:
-        return f"trainer ranks: {train.gpus}, on GPUs 0 to {train.gpus - 1}"
+        return f"trainer ranks: {train.gpus}, on {gpu_names(0, train.gpus)}"
     return f"trainer ranks: {train.ranks}, on the CPU, threads each: {train.threads_per_rank}"
 
 
@@ -92,7 +96,7 @@ def describe(config: Config) -> str:
 
 @dataclass(frozen=True)
 class GpuAssignment:
-    """Disjoint device ids out of the visible ones; empty on the CPU."""
+    """Device ids out of the visible ones, empty on the CPU; disjoint, unless the two take turns."""
 
     train: Sequence[str]
     rollout: Sequence[str]
@@ -105,13 +109,16 @@ def assign_gpus(config: Config, origin: str) -> GpuAssignment:
         ConfigError: fewer GPUs than asked for.
     """
     num_train, num_rollout = config.train.gpus, config.rollout.workers * config.rollout.gpus_per_worker
-    devices = visible_gpus() if num_train + num_rollout else []
-    if len(devices) < num_train + num_rollout:
+    is_shared = config.rollout.placement == "shared"
+    first_rollout = 0 if is_shared else num_train
+    needed = max(num_train, first_rollout + num_rollout)
+    devices = visible_gpus() if needed else []
+    if len(devices) < needed:
         raise ConfigError(
-            f"{origin}: train.gpus = {num_train} and rollout.workers x rollout.gpus_per_worker = {num_rollout} need "
-            f"{num_train + num_rollout} GPUs, this machine shows {len(devices)}"
+            f"{origin}: train.gpus = {num_train} and rollout.workers x rollout.gpus_per_worker = {num_rollout}"
+            f"{' of the same' if is_shared else ''} need {needed} GPUs, this machine shows {len(devices)}"
         )
-    return GpuAssignment(devices[:num_train], devices[num_train : num_train + num_rollout])
+    return GpuAssignment(devices[:num_train], devices[first_rollout : first_rollout + num_rollout])
 
 
 def visible_gpus() -> list[str]:
@@ -158,7 +165,8 @@ def run_training(
         print(
             f"run folder {run_dir}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
             f"vocabulary {summary.vocab_size:,}\n"
-            f"starting Ray, {config.num_ranks} trainer rank(s) and {rollout.workers} rollout worker(s)",
+            f"starting Ray, {config.num_ranks} trainer rank(s) and {rollout.workers} rollout worker(s)"
+            f"{in_turns(rollout)}",
             flush=True,
         )
         with start_local_ray(

@@ -13,6 +13,7 @@ from asa_dist.config import Config, ConfigError
 if TYPE_CHECKING:
     from asa_dist.collaborators import RolloutFeed
     from asa_dist.rollout.cluster import RayHandle
+    from asa_dist.rollout.system import RolloutSystem
     from asa_dist.runtime.engine import Placement, TrainEngine
     from asa_dist.runtime.watchdog import Watchdog
 
@@ -71,7 +72,7 @@ def object_store_bytes(num_parameters: int, dtype: str) -> int:
 @contextmanager
 def rollout_actors(
     config: Config, run_dir: Path, trunk: Any, eos_token_id: int, on_event: Callable[..., None]
-) -> Iterator[None]:
+) -> Iterator[RolloutSystem]:
     """Rank 0: coordinator and workers, as long as the context lasts."""
     from asa_dist.rollout.engine import SamplingConfig
     from asa_dist.rollout.system import RolloutSystem
@@ -88,7 +89,7 @@ def rollout_actors(
         stacks_folder=str((run_dir / "stacks").resolve()),
     )
     try:
-        yield
+        yield system
     finally:
         system.stop()
 
@@ -96,9 +97,9 @@ def rollout_actors(
 @contextmanager
 def rollout_feed(
     config: Config, run_dir: Path, placement: Placement, engine: TrainEngine, watchdog: Watchdog,
-    on_event: Callable[..., None],
+    on_event: Callable[..., None], system: RolloutSystem | None,
 ) -> Iterator[RolloutFeed]:
-    """This rank's end of the rollouts; rank 0 also has the prompts."""
+    """This rank's end of the rollouts; rank 0 also has the prompts and the actors' system."""
     from asa_dist.collaborators import RolloutFeed
     from asa_dist.rollout.client import RolloutClient
     from asa_dist.runtime.data.prompts import PromptStream
@@ -110,6 +111,6 @@ def rollout_feed(
     )
     prompts = PromptStream(run_dir, config.data, rollout, config.seed) if rank == 0 else None
     try:
-        yield RolloutFeed(client, prompts, rollout.prompts_per_step, engine, watchdog, rollout.timeout_seconds)
+        yield RolloutFeed(client, prompts, rollout, engine, watchdog, system)
     finally:
         client.close()

@@ -79,7 +79,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class Lease:
-    """A fixed bundle of consecutive groups handed to one worker: one engine call, the same after every reissue."""
+    """A fixed bundle of consecutive groups handed to one worker, the same after every reissue."""
 
     lease_id: int
     step: int

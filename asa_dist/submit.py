@@ -106,7 +106,7 @@ def render_script(config: Config, layout: JobLayout, request: JobRequest, name: 
         "ROLLOUT_NODES": layout.num_rollout_nodes, "RANKS_PER_NODE": layout.ranks_per_node,
         "THREADS_PER_RANK": config.train.threads_per_rank, "GPUS_PER_NODE": layout.gpus_per_node,
         "RAY_CPUS_PER_NODE": layout.ray_cpus_per_node, "RAY_GPUS_PER_NODE": layout.ray_gpus_per_node,
-        "MAX_RESTARTS": request.max_restarts,
+        "PLACEMENT": config.rollout.placement, "MAX_RESTARTS": request.max_restarts,
     }  # fmt: skip
     return _fill(_read_template(), directives, settings)
 

@@ -25,6 +25,7 @@ from asa_dist.launcher import (
     write_report_or_warn,
 )
 from asa_dist.resume import BEFORE_TRAINING, refuse_changes
+from asa_dist.rollout.engine_choice import describe_engine
 from asa_dist.rounds import RESULT, STAGES, Round, Stage, rounds_of, rounds_there
 from asa_dist.runtime.run_lock import hold_run_folder
 from asa_dist.runtime.stopping import EXIT_ENDED_EARLY
@@ -48,9 +49,9 @@ def describe(config: Config) -> str:
     return (
         f"parameters\n  ψ generator: {check(config):,}\n"
         f"processes, one stage after the other; rounds: {udasa.rounds}\n"
-        f"  measure: {rollout.workers} rollout worker(s) on the {place}, engine {rollout.engine}, prompts per call: "
-        f"{config.groups_per_lease}, responses each: {rollout.responses_per_prompt}; {udasa.scorers} scorer(s): "
-        f"{', '.join(udasa.uncertainties)}\n"
+        f"  measure: {rollout.workers} rollout worker(s) on the {place}, engine {describe_engine(rollout)}, "
+        f"prompts per call: {config.groups_per_lease}, responses each: {rollout.responses_per_prompt}; "
+        f"{udasa.scorers} scorer(s): {', '.join(udasa.uncertainties)}\n"
         f"  train: {describe_ranks(config)}; ZeRO stage {config.train.zero_stage}\n"
         f"    stages: {len(curriculum.thresholds) + 1}; pairs per step: at most {curriculum.pairs_per_step}; "
         f"micro-batches per rank: {config.train.accumulation_steps}"

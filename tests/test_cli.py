@@ -287,6 +287,14 @@ def test_dry_run_tells_all_and_does_nothing(tmp_path: Path) -> None:
     assert f"rollout workers: 1, on the CPU, threads each: {rollout.threads_per_worker}; engine hf" in layout
 
 
+@pytest.mark.parametrize(("engine", "found"), [("auto", "auto: hf"), ("vllm", "vllm (not installed here)")])
+def test_dry_run_says_which_engine(
+        engine: str, found: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asa_dist.rollout.engine_choice.installed_vllm", lambda: None)
+    assert main(["train", str(QUICKSTART), "--dry-run", f"rollout.engine={engine}"]) == 0
+    assert f"; engine {found}, groups per lease: " in capsys.readouterr().out
+
+
 def test_dry_run_of_a_cluster_config_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     gpus = ["train.gpus=4", "rollout.workers=2", "rollout.gpus_per_worker=1"]
     assert main(["train", str(QUICKSTART), "--dry-run", *gpus]) == 0

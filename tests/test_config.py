@@ -205,6 +205,7 @@ def test_overrides_that_cannot_be_applied(config_file: Path, override: str, mess
     ("train: {zero_stage: 4}", "train.zero_stage = 4: input should be less than or equal to 3"),
     ("rollout: {responses_per_prompt: 1}",
      "rollout.responses_per_prompt = 1: input should be greater than or equal to 2"),
+    ("rollout: {mismatch_kl_bound: 0}", "rollout.mismatch_kl_bound = 0: input should be greater than 0"),
     ("rollout: {max_policy_age: -1}", "rollout.max_policy_age = -1: input should be greater than or equal to 0"),
     ("rollout: {temperature: 0}", "rollout.temperature = 0: input should be greater than 0"),
     ("objective: {alpha: .nan}", "objective.alpha = nan: input should be a finite number"),
@@ -240,6 +241,7 @@ PRETRAINED = ("model.name_or_path=owner/name", "data.tokenizer={path: owner/name
 FLASH = ("model.attention=flash_attention_2", "model.dtype=bfloat16", "train.gpus=2", "rollout.gpus_per_worker=1")
 PHRASINGS = ("rollout.prompt_file=prompts.jsonl", "rollout.prompt_variants=4", "rollout.responses_per_prompt=8")
 UDASA = ("method=udasa", "model.name_or_path=owner/name", "rollout.prompt_file=prompts.txt")
+SHARED = ("rollout.placement=shared", "rollout.max_policy_age=0")
 QUANTILES = ("udasa.curriculum.threshold_kind=quantile",)
 RULE_CASES: list[tuple[str, list[str], list[str]]] = [  # rule, overrides of the defaults, keys complained about
     ("one_tokenizer", ["data.tokenizer={path: a/b, train: {}}"], ["data.tokenizer"]),
@@ -272,8 +274,16 @@ RULE_CASES: list[tuple[str, list[str], list[str]]] = [  # rule, overrides of the
     ("devices", [*FLASH, "train.gpus=0"], ["model.attention"]),
     ("devices", [*FLASH, "rollout.gpus_per_worker=0"], ["model.attention"]),
     ("devices", ["train.offload_optimizer=true", "train.zero_stage=0"], ["train.offload_optimizer"]),
+    ("fall_back", ["rollout.engine=vllm", "rollout.gpus_per_worker=2", "rollout.on_mismatch=fall_back"],
+     ["rollout.on_mismatch"]),
     ("deadlines", ["rollout.timeout_seconds=900.0"], ["rollout.timeout_seconds"]),
-    ("devices", ["rollout.gpus_per_worker=2"], ["rollout.gpus_per_worker"]),
+    ("tensor_parallel", ["rollout.gpus_per_worker=2"], ["rollout.gpus_per_worker"]),
+    ("tensor_parallel", ["rollout.engine=vllm", "rollout.gpus_per_worker=3"], ["rollout.gpus_per_worker"]),
+    ("shared_placement", [*SHARED, "rollout.max_policy_age=1"], ["rollout.max_policy_age"]),
+    ("shared_placement", [*SHARED, "train.gpus=1", "rollout.workers=2", "rollout.gpus_per_worker=1"],
+     ["rollout.gpus_per_worker"]),
+    ("shared_placement", [*SHARED, "rollout.gpus_per_worker=1"], ["rollout.gpus_per_worker"]),
+    ("shared_placement", [*SHARED, "train.gpus=2"], ["rollout.gpus_per_worker"]),
     ("raw_embedding", ["evaluator.embedding=raw"], ["objective.embedding_loss_weight"]),
     ("intrinsic_weights", ["evaluator.intrinsic={self_consistency: 0, coherence: 0, quality: 0}"],
      ["evaluator.intrinsic"]),
@@ -281,6 +291,8 @@ RULE_CASES: list[tuple[str, list[str], list[str]]] = [  # rule, overrides of the
     ("used_by_method", ["udasa.rounds=2"], ["udasa"]),
     ("used_by_method", [*UDASA, "train.steps=5", "objective.beta=0.2"], ["objective", "train.steps"]),
     ("used_by_method", [*UDASA, "data.tokenizer={path: gpt2}"], ["data.tokenizer"]),
+    ("used_by_method", [*UDASA, "rollout.on_mismatch=stop"], ["rollout.on_mismatch"]),
+    ("used_by_method", [*UDASA, "rollout.placement=shared"], ["rollout.placement"]),
     ("udasa_needs_model_and_prompts", ["method=udasa"], ["model.name_or_path", "rollout.prompt_file"]),
     ("thresholds", [*UDASA, "udasa.curriculum.thresholds=[0.7, 0.4]"], ["udasa.curriculum.thresholds"]),
     ("thresholds", [*UDASA, "udasa.curriculum.thresholds=[0.4, 0.4]"], ["udasa.curriculum.thresholds"]),
@@ -310,6 +322,11 @@ def test_every_rule_has_a_case() -> None:
     ("data.sequence_length=512",),
     ("train.ranks=2", "train.accumulation_steps=2"),
     ("rollout.workers=3", "rollout.groups_per_lease=2"),
+    ("rollout.engine=auto", "rollout.gpus_per_worker=2"),
+    (*PRETRAINED, "rollout.engine=vllm", "rollout.gpus_per_worker=3"),  # its number of heads is not in the config
+    SHARED,
+    (*SHARED, "train.gpus=2", "rollout.workers=2", "rollout.gpus_per_worker=1"),
+    (*SHARED, "train.gpus=4", "rollout.engine=vllm", "rollout.gpus_per_worker=2"),
     FLASH,
     PHRASINGS,
     ("rollout.prompt_file=prompts.txt",),

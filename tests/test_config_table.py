@@ -97,7 +97,7 @@ def test_readme_has_the_schemas_table() -> None:
 
 @pytest.mark.parametrize(("key", "row"), [
     ("seed", "| `seed` | int ≥ 0, < 2_147_483_648 | `0` | of every random choice |"),
-    ("nullable", "| `rollout.groups_per_lease` | int ≥ 1 or `null` | `null` | consecutive groups in one engine call;"),
+    ("nullable", "| `rollout.groups_per_lease` | int ≥ 1 or `null` | `null` | consecutive groups that a worker"),
     ("choices", "| `model.dtype` | `float32`, `bfloat16` | `float32` |"),
     ("list", "| `evaluator.principles` | list of: `relevance`, `non_repetition`, "),
     ("nested", "| `data.tokenizer.train.vocab_size` | int ≥ 260, ≤ 1_000_000 | `2_048` |"),

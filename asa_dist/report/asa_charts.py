@@ -55,7 +55,8 @@ CHAPTERS = (
               "part is clipped at optimizer.clip_norm on its own."),
         Chart("Trainer against sampler", ("rollout/mismatch_kl", "rollout/max_abs_dlogp"), "nats", log=True,
               note="Healthy: tiny at policy age 0, a small constant at a larger age. Bad sign: above 0.1 at age 0 "
-              "(they disagree about the same weights), or growth at a larger one."),
+              "(they disagree about the same weights), or growth at a larger one: the event rollout_mismatch, above "
+              "rollout.mismatch_kl_bound."),
         Chart("Off-policy weights", ("rollout/importance_mean", "rollout/clipped_fraction"), "weight; share of tokens",
               note="Healthy: the mean weight near 1, few tokens at the cap. Bad sign: more than a tenth of the tokens "
               "capped: rollouts are too old for these learning rates."),

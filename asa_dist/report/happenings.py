@@ -16,15 +16,15 @@ from asa_dist.report.curves import finite_number, step_of
 from asa_dist.report.run_files import BEGINNINGS, ENDS, RunFiles
 
 DIED = "died"  # our own: what came before neither finished nor stopped
-ROUTINE = {"checkpoint", "worker_started"}
+ROUTINE = {"checkpoint", "worker_started", "worker_ready"}
 BAD = {
     DIED, "worker_died", "worker_given_up", "step_skipped", "checkpoint_failed", "checkpoint_damaged",
-    "version_corrupt", "unreadable",
+    "version_corrupt", "rollout_mismatch", "unreadable",
 }
 GOOD = {"finished"}
 UNMARKED = {  # in the table only; the stages of UDASA have bands
-    "checkpoint", "worker_started", "started", "finished", "unreadable", "stage_started", "stage_resumed",
-    "stage_finished",
+    "checkpoint", "worker_started", "worker_ready", "started", "finished", "unreadable", "stage_started",
+    "stage_resumed", "stage_finished",
 }
 SHOWN_ALONE = 3  # more of the same in a row are one line
 MAX_LINES = 200

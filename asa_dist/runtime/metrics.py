@@ -93,10 +93,6 @@ def _step_text(values: dict[str, float]) -> str:
     return f"{text} {values['perf/tokens_per_second']:,.0f} tokens/s"
 
 
-LARGEST_ON_POLICY_DIFFERENCE = 0.1  # nats: the same weights, so only rounding may differ
-STEPS_BETWEEN_WARNINGS = 100
-
-
 class RunRecorder:
     """Appends one JSON object per line; a killed run keeps what it had written.
 
@@ -117,7 +113,6 @@ class RunRecorder:
         self._config = config
         self._decode = decode
         self._progress = progress
-        self._next_warning_step = 0.0
         self._logs = {name: RunLog(run_dir / f"{name}.jsonl") for name in (*STEP_LOGS, EVENT_LOG)}
         self._delayed: set[str] = set()  # logs whose rows wait
         self._delayed_lock = threading.Lock()
@@ -154,30 +149,15 @@ class RunRecorder:
         self._append(EVENT_LOG, event_row(name, details))
 
     def say(self, message: str) -> None:
-        """One line for whoever watches."""
+        """One line, or a few, for whoever watches."""
         self._progress.say(message)
 
     def metrics(self, values: dict[str, float]) -> None:
         # null: not finite, which JSON cannot say; a diagnostic may be so in a step whose update is sound
         self._append("metrics", {name: value if math.isfinite(value) else None for name, value in values.items()})
         self._progress.show(values)
-        self._warn_of_disagreement(values)
         if self._wandb is not None:
             self._wandb.look()
-
-    def _warn_of_disagreement(self, values: dict[str, float]) -> None:
-        """Rollouts of the very weights that are trained must have the trainer's log-probabilities."""
-        if "rollout/max_abs_dlogp" not in values or values["rollout/policy_age_max"] > 0:
-            return
-        difference, step = values["rollout/max_abs_dlogp"], values["step"]
-        if difference > LARGEST_ON_POLICY_DIFFERENCE and step >= self._next_warning_step:
-            self._next_warning_step = step + STEPS_BETWEEN_WARNINGS
-            self._progress.say(
-                f"asa: warning: step {step:.0f}: trainer and rollout engine disagree about log-probabilities of the "
-                f"same weights, by up to {difference:.2g} nats (rollout/max_abs_dlogp); likely causes: the rounding of "
-                "model.dtype bfloat16 (try float32), or another attention implementation in the workers (set "
-                "model.attention)"
-            )
 
     def trained(self, step: int, prompt_ids: list[int], skipped: bool = False) -> None:
         """The prompts that ``step`` used up; ``skipped``: without an update."""

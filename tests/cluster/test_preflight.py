@@ -139,7 +139,8 @@ def test_a_name_that_leads_nowhere(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_more_rollout_workers_than_there_is_room_for(cluster: Cluster, tmp_path: Path) -> None:
     assert problems(preflight(cluster, tmp_path, "rollout.threads_per_worker=4")) == [
-        "1 rollout workers x 4 CPU need more than the 3 CPU that Ray has: lower rollout.workers"]  # fmt: skip
+        "1 rollout workers x 4 CPU need more than the 3 CPU that Ray has, at most 1 on a host: lower rollout.workers"
+    ]
 
 
 def test_another_torch(cluster: Cluster, tmp_path: Path) -> None:

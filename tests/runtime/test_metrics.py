@@ -215,25 +215,3 @@ recording.event("checkpoint", step=11)
 print(recording.sync())
 recording.close()
 """
-
-
-# --- trainer against rollout engine -------------------------------------------------------------------------------
-def warned_steps(folder: Path, rows: Sequence[dict[str, float]]) -> list[int]:
-    stream = io.StringIO()
-    recording = recorder(folder, stream)
-    for values in rows:
-        recording.metrics(values)
-    recording.close()
-    warnings = [line for line in stream.getvalue().splitlines() if line.startswith("asa: warning: step ")]
-    assert all("trainer and rollout engine disagree about log-probabilities" in line for line in warnings)
-    assert all("model.dtype" in line and "model.attention" in line for line in warnings)
-    return [int(line.split()[3].rstrip(":")) for line in warnings]
-
-
-def test_on_policy_disagreement_is_said_at_most_every_100_steps(tmp_path: Path) -> None:
-    rows = [row(step, rollout__max_abs_dlogp=0.11 if step >= 3 else 0.09) for step in range(1, 210)]
-    assert warned_steps(tmp_path, rows) == [3, 103, 203]
-
-
-def test_older_weights_may_disagree(tmp_path: Path) -> None:
-    assert warned_steps(tmp_path, [row(1, rollout__max_abs_dlogp=5.0, rollout__policy_age_max=1.0)]) == []
