@@ -79,7 +79,7 @@ class StopRequests(SignalCatcher):
 
     Args:
         run_dir: the run folder.
-        rank: only rank 0 looks for the file, and speaks.
+        rank: only rank 0 looks for the file and at the clock, and speaks.
         max_wall_time_minutes: `train.max_wall_time_minutes`; None = no limit.
         started: `time.monotonic()` when this process started.
     """
@@ -123,4 +123,4 @@ class StopRequests(SignalCatcher):
 
     def _is_time_up(self) -> bool:
         limit = self._max_wall_time_minutes
-        return limit is not None and time.monotonic() - self._started >= 60 * limit
+        return self._rank == 0 and limit is not None and time.monotonic() - self._started >= 60 * limit

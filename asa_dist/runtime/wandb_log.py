@@ -50,16 +50,25 @@ def check_wandb(metrics: MetricsConfig) -> None:
         raise ConfigError(f"{wanted}: wandb is not installed: pip install 'asa-dist[wandb]', or metrics.wandb=disabled")
     if metrics.wandb == "offline":
         return
-    check = subprocess.run(
-        [sys.executable, "-m", __name__, "--check-login"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=CHECK_SECONDS,
-    )  # fmt: skip
-    if check.returncode != 0:
-        why = (check.stdout.strip() or check.stderr.strip() or f"exit code {check.returncode}").splitlines()[-1]
+    if why := _why_not_online():
         raise ConfigError(
             f"{wanted}: {why}; run `wandb login` or set WANDB_API_KEY (in the environment, never in a config), or "
             "choose metrics.wandb=offline"
         )
+
+
+def _why_not_online() -> str | None:
+    """Asked of wandb in a process of its own; None: nothing speaks against it."""
+    try:
+        check = subprocess.run(
+            [sys.executable, "-m", __name__, "--check-login"], env=os.environ | {"WANDB_SILENT": "true"},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=CHECK_SECONDS,
+        )  # fmt: skip  # silent: else it asks the server for the user's name, as long as there is no network
+    except subprocess.TimeoutExpired:
+        return f"wandb did not answer within {CHECK_SECONDS:g} s whether it is logged in"
+    if check.returncode == 0:
+        return None
+    return (check.stdout.strip() or check.stderr.strip() or f"exit code {check.returncode}").splitlines()[-1]
 
 
 class WandbProcess:

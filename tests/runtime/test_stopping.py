@@ -100,8 +100,9 @@ def test_a_signal_counts_more_than_the_file(tmp_path: Path) -> None:
 
 def test_wall_time(tmp_path: Path) -> None:
     now = time.monotonic()
-    assert requests(tmp_path, rank=1, minutes=5.0, started=now - 290).code() == GO_ON
-    late = requests(tmp_path, rank=1, minutes=5.0, started=now - 300)
+    assert requests(tmp_path, minutes=5.0, started=now - 290).code() == GO_ON
+    assert requests(tmp_path, rank=1, minutes=5.0, started=now - 300).code() == GO_ON, "rank 0 says when, and why"
+    late = requests(tmp_path, minutes=5.0, started=now - 300)
     assert late.code() == ENDED_EARLY and late.reason() == "train.max_wall_time_minutes = 5"
 
 

@@ -205,6 +205,13 @@ def test_online_needs_an_account_and_offline_none(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.rglob(".netrc")), "a key written to disk"
 
 
+def test_wandb_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asa_dist.runtime.wandb_log.CHECK_SECONDS", 0.001)
+    assert refusal(MetricsConfig(wandb="online")).startswith(
+        "metrics.wandb = 'online': wandb did not answer within 0.001 s whether it is logged in; run `wandb login`"
+    )
+
+
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_wandb(MetricsConfig(wandb="disabled"))
