@@ -21,7 +21,7 @@ from torch import Tensor
 from asa_dist.config import ModelConfig
 from asa_dist.records import Prompt, Response
 from asa_dist.rollout.engine import NO_VERSION, BundleEngine, SamplingConfig, fitting_weights
-from asa_dist.rollout.sampling import choose_tokens, gumbel_noise, sampling_keys
+from asa_dist.rollout.sampling import choose_tokens, sampling_keys
 from asa_dist.rollout.weights import DTYPES
 
 
@@ -91,10 +91,9 @@ class HfEngine(BundleEngine):
         logprob_RT = torch.zeros(num_rows, steps, dtype=torch.float32, device=self._device)
         behaviour_RT = torch.zeros_like(logprob_RT)
         for position in range(steps):
-            noise_BV = gumbel_noise(batch.key_B, torch.tensor(position, device=self._device), logits_BV.shape[-1])
             token_B, logprob_B, behaviour_B = choose_tokens(
-                logits_BV, noise_BV, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
-                min_p=rollout.min_p)
+                logits_BV, batch.key_B, torch.tensor(position, device=self._device), temperature=rollout.temperature,
+                top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p)
             # Rows that have ended go on until compaction; what they write lies behind their end-of-text.
             token_RT[batch.row_B, position] = token_B.int()
             logprob_RT[batch.row_B, position] = logprob_B

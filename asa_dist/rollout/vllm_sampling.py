@@ -22,7 +22,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from asa_dist.rollout.sampling import choose_tokens, gumbel_noise
+from asa_dist.rollout.sampling import choose_tokens
 
 KEY, SLOT = "sampling_key", "slot"  # among a request's extra_args: int64 of `sampling_keys`; its row of log-probs
 TRUNCATION, MAX_NEW_TOKENS = "truncation", "max_new_tokens"  # in the engine's additional_config: see the class
@@ -67,8 +67,7 @@ class CounterSampling(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         """Draws one token per row, from float32 [B, V], in which it then has the largest value."""
         position_B = torch.tensor([len(self._requests[row][2]) for row in range(len(logits))], device=self._device)
-        noise_BV = gumbel_noise(self._key_B, position_B, logits.shape[-1])
-        token_B, logprob_B, behaviour_B = choose_tokens(logits, noise_BV, **self._choose)
+        token_B, logprob_B, behaviour_B = choose_tokens(logits, self._key_B, position_B, **self._choose)
         # A row whose prompt is not yet read to its end comes again, at the same position.
         self._logprob_ST2[self._slot_B, position_B] = torch.stack([logprob_B, behaviour_B], dim=-1)
         return logits.scatter_(-1, token_B[:, None], float("inf"))

@@ -22,7 +22,7 @@ from asa_dist.records import Prompt, Response
 from asa_dist.rollout.engine import Engine, SamplingConfig
 from asa_dist.rollout.engine_choice import installed_vllm
 from asa_dist.rollout.hf_engine import HfEngine
-from asa_dist.rollout.sampling import choose_tokens, gumbel_noise, sampling_keys
+from asa_dist.rollout.sampling import choose_tokens, sampling_keys
 from tests.rollout.tiny_model import EOS, VOCAB_SIZE
 
 SEED = 11
@@ -75,7 +75,7 @@ def slow_response_of_versions(
         version = max((first, version) for first, version in spans if first <= len(tokens))[1]
         input_ids = torch.tensor([[*prompt.tokens_for(sibling).tolist(), *tokens]])
         token_B, logprob_B, behaviour_B = choose_tokens(
-            models[version](input_ids).logits[:, -1], gumbel_noise(key_B, torch.tensor(len(tokens)), VOCAB_SIZE),
+            models[version](input_ids).logits[:, -1], key_B, torch.tensor(len(tokens)),
             temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p)
         tokens.append(int(token_B))
         logprobs.append(float(logprob_B))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from asa_dist.rollout.engine import NO_VERSION, EngineStartError, WeightLoadError
-from asa_dist.rollout.sampling import gumbel_noise, sampling_keys
+from asa_dist.rollout.sampling import exponential_noise, sampling_keys
 from tests.rollout.engines import (
     NEEDS_VLLM,
     SEED,
@@ -85,9 +85,9 @@ def test_one_token_nearly_certain(tmp_path: Path, build: BuildEngine) -> None:
 def test_end_of_text_first_is_one_token(tmp_path: Path, build: BuildEngine) -> None:
     model = make_model(tmp_path)
     model.lm_head.weight.zero_()
-    # All logits are 0, so a token is the argument of its noise's maximum: take sibling 2's first one as end-of-text.
+    # All logits are 0, so a token is the argument of its noise's minimum: take sibling 2's first one as end-of-text.
     keys = sampling_keys(SEED, torch.full((5,), 2), torch.full((5,), 20), torch.arange(5))
-    first = gumbel_noise(keys, torch.tensor(0), VOCAB_SIZE).argmax(-1)
+    first = exponential_noise(keys, torch.tensor(0), VOCAB_SIZE).argmin(-1)
     engine = build(tmp_path, sampling_config(eos_token_id=int(first[2])))
     engine.load(0, model.named_parameters())
     response = engine.generate(make_prompts((3,)))[0][2]

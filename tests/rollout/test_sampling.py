@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from asa_dist.rollout import sampling
-from asa_dist.rollout.sampling import choose_tokens, gumbel_noise, sampling_keys, truncate
+from asa_dist.rollout.sampling import choose_tokens, exponential_noise, sampling_keys, truncate
+
+
+def keys(seed: int, epoch: int, prompt_id: int, sibling: Tensor | int) -> Tensor:
+    rows = torch.as_tensor(sibling).reshape(-1)
+    return sampling_keys(seed, torch.full_like(rows, epoch), torch.full_like(rows, prompt_id), rows)
 
 
 def noise(seed: int, epoch: int, prompt_id: int, sibling: Tensor | int, position: int, vocab_size: int) -> Tensor:
-    rows = torch.as_tensor(sibling).reshape(-1)
-    key_B = sampling_keys(seed, torch.full_like(rows, epoch), torch.full_like(rows, prompt_id), rows)
-    return gumbel_noise(key_B, torch.tensor(position), vocab_size)
+    return exponential_noise(keys(seed, epoch, prompt_id, sibling), torch.tensor(position), vocab_size)
 
 
-def uniform(gumbel: Tensor) -> Tensor:
-    return torch.exp(-torch.exp(-gumbel.double()))
+def uniform(exponential: Tensor) -> Tensor:
+    return torch.exp(-exponential.double())
 
 
 def chi_square_z(counts: Tensor, probabilities: Tensor) -> float:
@@ -41,7 +44,7 @@ def test_choices_follow_softmax() -> None:
     logits_V = torch.randn(11, generator=torch.Generator().manual_seed(0)) * 1.5
     siblings = torch.arange(60_000)
     token_B, logprob_B, behaviour_B = choose_tokens(
-        logits_V.expand(len(siblings), -1), noise(7, 0, 3, siblings, 0, 11), temperature=0.8)
+        logits_V.expand(len(siblings), -1), keys(7, 0, 3, siblings), torch.tensor(0), temperature=0.8)
     assert abs(chi_square_z(token_B.bincount(minlength=11), (logits_V / 0.8).softmax(0))) < 4
     assert torch.allclose(logprob_B, logits_V.log_softmax(0)[token_B], atol=1e-6)
     assert torch.allclose(behaviour_B, (logits_V / 0.8).log_softmax(0)[token_B], atol=1e-6)
@@ -75,37 +78,52 @@ def test_positions_and_tokens_do_not_share_noise() -> None:
     assert grid.unique().numel() > 64 * 64 - 10
 
 
-def test_noise_is_always_finite() -> None:
-    assert noise(0, 0, 0, torch.arange(1000), 0, 5000).isfinite().all()
+def test_noise_is_always_positive_and_finite() -> None:
+    found = noise(0, 0, 0, torch.arange(1000), 0, 5000)
+    assert found.isfinite().all() and found.min() > 0
 
 
-def test_noise_is_finite_for_extreme_words() -> None:
-    """And ascending in −u: the first word counts, but for its sign; the second one only where that one is small."""
+def test_noise_is_positive_and_finite_for_extreme_words() -> None:
+    """And ascending in u: the first word counts, but for its sign; the second one only where that one is small."""
     bits_V = torch.tensor([0, 0, 0, 1, 2**23, 2**30, 2**31 - 1], dtype=torch.int32)
     fraction_V = torch.tensor([-(2**31), 0, 2**31 - 1, -(2**31), 0, 0, 2**31 - 1], dtype=torch.int32)
-    noise_BV = torch.empty(2, 7)
-    sampling._write_gumbel(noise_BV, torch.stack([bits_V, bits_V - 2**31]), fraction_V.expand(2, -1))
+    noise_BV = sampling._exponential(torch.stack([bits_V, bits_V - 2**31]), fraction_V.expand(2, -1))
     assert torch.equal(noise_BV[0], noise_BV[1])
-    assert noise_BV.isfinite().all() and noise_BV.max() < 40
-    assert (noise_BV.diff() <= 0).all()
-    assert noise_BV[0, 1] == pytest.approx(32 * math.log(2), abs=1e-5)  # u = 2⁻³²
-    assert noise_BV[0, 5] == pytest.approx(-math.log(math.log(2)), abs=1e-5)  # u = 1/2
+    assert noise_BV.max() < 17 and noise_BV.min() >= 2**-55
+    assert (noise_BV.diff() >= 0).all()
+    assert noise_BV[0, 1] == pytest.approx(2**-32, rel=1e-6)  # u = 2⁻³²
+    assert noise_BV[0, 5] == pytest.approx(math.log(2), rel=1e-6)  # u = 1/2
 
 
 def test_the_tail_is_finer_than_31_bits() -> None:
     """Among so many tokens some have u < 2⁻²², and no two of them the same."""
     noise_V = noise(5, 1, 2, torch.arange(200), 4, 200_000).flatten()
-    largest = noise_V[noise_V > 22 * math.log(2)]
-    assert 2 < len(largest) < 30  # 9.5 expected
-    assert largest.unique().numel() == len(largest)
+    smallest = noise_V[noise_V < 2**-22]
+    assert 2 < len(smallest) < 30  # 9.5 expected
+    assert smallest.unique().numel() == len(smallest)
 
 
-def test_rows_and_their_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many rows are computed at once is nothing that a value depends on."""
-    key_B = sampling_keys(9, torch.zeros(17, dtype=torch.int64), torch.arange(17), torch.arange(17))
-    together = gumbel_noise(key_B, torch.tensor(3), 301)
-    monkeypatch.setattr(sampling, "_CACHED_ELEMENTS", 5 * 301)
-    assert torch.equal(gumbel_noise(key_B, torch.tensor(3), 301), together)
+@pytest.mark.parametrize("rows_at_once", [0, 5, 17])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0, 60.0])
+def test_the_race_is_gumbel_max(monkeypatch: pytest.MonkeyPatch, rows_at_once: int, spread: float) -> None:
+    """By definition, in float64, from the same noise; likely tokens and those that float32's exp makes 0."""
+    monkeypatch.setattr(sampling, "_CACHED_ELEMENTS", rows_at_once * 301)
+    logits_BV = torch.randn(17, 301, generator=torch.Generator().manual_seed(4)) * spread
+    key_B, position_B = keys(9, 0, 5, torch.arange(17)), torch.arange(17) * 3
+    expected_BV = logits_BV.double() / 0.9 - exponential_noise(key_B, position_B, 301).double().log()
+    token_B, logprob_B, behaviour_B = choose_tokens(logits_BV, key_B, position_B, temperature=0.9)
+    assert torch.equal(token_B, expected_BV.argmax(-1))
+    rows = torch.arange(17)
+    for found_B, tempered_BV in ((logprob_B, logits_BV.double()), (behaviour_B, logits_BV.double() / 0.9)):
+        assert torch.allclose(found_B.double(), tempered_BV.log_softmax(-1)[rows, token_B], rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_far_below_float32_resolution_can_win() -> None:
+    """Its odds are 2⁻³⁰, and its noise the smallest there is, wherever it stands."""
+    noise_BV = sampling._exponential(torch.tensor([[2**30, 0]], dtype=torch.int32),
+                                     torch.tensor([[0, -(2**31)]], dtype=torch.int32))
+    odds_BV, _ = sampling._odds(torch.tensor([[0.0, -30 * math.log(2)]]))
+    assert sampling._argmin(noise_BV / odds_BV).item() == 1
 
 
 def test_mixing_32_bits_is_lowbias32() -> None:
@@ -124,11 +142,10 @@ def test_a_row_alone_equals_the_row_in_a_batch() -> None:
     logits_BV = torch.randn(17, 301, generator=torch.Generator().manual_seed(1))
     key_B = sampling_keys(9, torch.zeros(17, dtype=torch.int64), torch.arange(17) // 4, torch.arange(17) % 4)
     position_B = torch.arange(17) * 3
-    together = choose_tokens(logits_BV, gumbel_noise(key_B, position_B, 301), temperature=1.3, top_p=0.9, top_k=50)
+    together = choose_tokens(logits_BV, key_B, position_B, temperature=1.3, top_p=0.9, top_k=50)
     for row in range(17):
         one = slice(row, row + 1)
-        alone = choose_tokens(logits_BV[one], gumbel_noise(key_B[one], position_B[one], 301), temperature=1.3,
-                              top_p=0.9, top_k=50)
+        alone = choose_tokens(logits_BV[one], key_B[one], position_B[one], temperature=1.3, top_p=0.9, top_k=50)
         assert alone[0] == together[0][row]
         assert torch.allclose(torch.stack(alone[1:]), torch.stack(together[1:])[:, one], atol=1e-6)
 
@@ -170,8 +187,9 @@ def test_truncation_equals_a_slow_reference(top_p: float, top_k: int, min_p: flo
 
 
 def test_behaviour_logprob_is_not_truncated() -> None:
-    logits_BV = torch.tensor([[3.0, 1.0, 0.0]])
-    token_B, logprob_B, behaviour_B = choose_tokens(logits_BV, torch.zeros(1, 3), temperature=2.0, top_k=1)
-    assert token_B.item() == 0
+    logits_BV = torch.tensor([3.0, 1.0, 0.0]).expand(64, -1)
+    token_B, logprob_B, behaviour_B = choose_tokens(
+        logits_BV, keys(1, 0, 0, torch.arange(64)), torch.tensor(0), temperature=2.0, top_k=1)
+    assert (token_B == 0).all()
     assert torch.allclose(logprob_B, logits_BV.log_softmax(-1)[:, 0])
     assert torch.allclose(behaviour_B, (logits_BV / 2).log_softmax(-1)[:, 0])
