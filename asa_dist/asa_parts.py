@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 from asa_dist.asa.loop import AsaLoop
 from asa_dist.asa.trust import AlignmentState
-from asa_dist.collaborators import PeriodicCheckpoints, RolloutFeed, WatchedEngine
+from asa_dist.collaborators import PeriodicCheckpoints, RolloutFeed, StepProfiler, WatchedEngine
 from asa_dist.config import Config, RolloutConfig
 from asa_dist.rank import OpenRun, Rank, announce, describe_ranks, open_recorder, silence_transformers
 from asa_dist.rank_ray import joined_ray, rollout_actors, rollout_feed
@@ -38,6 +39,7 @@ def open_asa(rank: Rank, parts: ExitStack) -> OpenRun:
     first_step = loaded.step if loaded else 0
     recorder = parts.enter_context(open_recorder(rank, first_step, config.train.steps, tokenizer.decode))
     announce(rank, recorder, _headline(rank, counts), doubtful_settings(config), first_step, damaged)
+    around_step = _profiler(rank, engine, recorder, parts)
     system = None
     if rank.is_first:
         system = parts.enter_context(rollout_actors(config, run_dir, trunk, data.eos_id, recorder.event))
@@ -45,7 +47,7 @@ def open_asa(rank: Rank, parts: ExitStack) -> OpenRun:
     checkpoints = PeriodicCheckpoints(
         checkpointer, config.checkpoint, feed, recorder, rank.stopping, watchdog, first_step
     )
-    loop = _build_loop(rank, engine, feed, recorder, checkpoints, tokenizer)
+    loop = _build_loop(rank, engine, feed, recorder, checkpoints, tokenizer, around_step)
     if loaded is not None:
         loop.load_state_dict(loaded.step, loaded.loop_state)
         feed.restore(loaded.rollouts, loaded.step)
@@ -55,7 +57,7 @@ def open_asa(rank: Rank, parts: ExitStack) -> OpenRun:
 
 def _build_loop(
     rank: Rank, engine: TrainEngine, feed: RolloutFeed, recorder: RunRecorder | SilentRecorder,
-    checkpoints: PeriodicCheckpoints, tokenizer: Any,
+    checkpoints: PeriodicCheckpoints, tokenizer: Any, around_step: Callable[[int], AbstractContextManager[None]],
 ) -> AsaLoop:
     """The loop and its collaborators."""
     config, placement, model = rank.config, rank.placement, engine.engine.module
@@ -71,7 +73,19 @@ def _build_loop(
         checkpoints=checkpoints,
         learning_rates=lambda step: learning_rates(step, config.train.steps, config.optimizer),
         stop_code=rank.stopping.code,
+        around_step=around_step,
     )
+
+
+def _profiler(
+    rank: Rank, engine: TrainEngine, recorder: RunRecorder | SilentRecorder, parts: ExitStack
+) -> Callable[[int], AbstractContextManager[None]]:
+    """What the loop does around each step."""
+    if (steps := rank.config.metrics.first_and_last_profiled) is None:
+        return lambda step: nullcontext()
+    profiler = StepProfiler(rank.run_dir, *steps, engine, recorder)
+    parts.callback(profiler.close)
+    return profiler.step
 
 
 def _agreed_engine(rollout: RolloutConfig, engine: TrainEngine) -> Literal["hf", "vllm"]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,11 +19,13 @@ from asa_dist.rollout.calls import RolloutTimeout
 from asa_dist.rollout.client import RolloutClient
 from asa_dist.rollout.coordinator import RolloutFailure
 from asa_dist.rollout.snapshot import dump_snapshot, load_snapshot
+from asa_dist.rollout.spans import begin_recording, end_recording
 from asa_dist.rollout.system import RolloutSystem
 from asa_dist.runtime.checkpoint import Checkpointer
 from asa_dist.runtime.data.prompts import PromptStream
 from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.metrics import RunRecorder, SilentRecorder
+from asa_dist.runtime.step_trace import RankTrace, write_trace
 from asa_dist.runtime.stopping import StopRequests
 from asa_dist.runtime.trunk import TrunkModel
 from asa_dist.runtime.watchdog import Watchdog
@@ -137,6 +142,69 @@ class PeriodicCheckpoints:
     def _next_due(self, step: int) -> int:
         """The next multiple of ``every_steps``."""
         return (step // self._config.every_steps + 1) * self._config.every_steps
+
+
+class StepProfiler:
+    """Records steps ``first`` to ``last``, counted from 1: ranks and workers, in one profile/trace.json.gz.
+
+    Made before the workers are. A run that goes on after ``first`` was begun records nothing.
+    """
+
+    def __init__(
+        self, run_dir: Path, first: int, last: int, engine: TrainEngine, recorder: RunRecorder | SilentRecorder
+    ):
+        self._folder, self._first, self._last = run_dir / "profile", first, last
+        self._engine, self._recorder, self._placement = engine, recorder, engine.placement
+        self._trace: RankTrace | None = None
+        self._start_ns = 0
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._placement.rank == 0:
+            begin_recording(self._folder)
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around a step. A collective after the last one."""
+        if step == self._first:
+            self._trace = RankTrace(self._placement.rank, self._placement.device.type == "cuda")
+            self._trace.start()
+            self._start_ns = time.time_ns()
+        if self._trace is None:
+            yield
+            return
+        with self._trace.step(step):
+            yield
+        if step == self._last:
+            self._write(self._trace)
+            self._trace = None
+
+    def _write(self, trace: RankTrace) -> None:
+        """Every rank its part, then rank 0 all of them. What cannot be written costs the trace, not the run."""
+        path, problem = self._folder / "trace.json.gz", ""
+        try:
+            trace.write(self._part(self._placement.rank))
+        except OSError as error:
+            problem = str(error)
+        failed = any(self._engine.max_over_ranks([bool(problem)]))
+        if self._placement.rank > 0:
+            return
+        try:
+            if failed:
+                raise OSError(problem or "another rank could not write its part")
+            parts = [self._part(rank) for rank in range(self._placement.num_ranks)]
+            write_trace(parts, end_recording(self._folder), self._start_ns, path)
+            for part in parts:
+                part.unlink()
+            self._recorder.say(f"asa: steps {self._first} to {self._last} are in {path}: open it in ui.perfetto.dev")
+        except OSError as error:
+            self._recorder.say(f"asa: warning: {path} could not be written: {error}")
+
+    def _part(self, rank: int) -> Path:
+        return self._folder / f"part-rank-{rank}.json"
+
+    def close(self) -> None:
+        """Workers record no longer."""
+        if self._placement.rank == 0:
+            end_recording(self._folder)
 
 
 class WatchedEngine(TrainEngine):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from asa_dist.config_rules import broken_rules
 from asa_dist.config_section import Fraction, PositiveInt, Section
@@ -207,6 +207,21 @@ class MetricsConfig(Section):
     sample_groups: PositiveInt = Field(2, description="groups per sample, at most")
     wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="the same keys in Weights & Biases; offline = files in the run folder, no account")
     wandb_project: str = Field("asa-dist", description="project of a W&B run")
+    profile_steps: str | None = Field(None, description="A:B = record steps A to B in profile/trace.json.gz, for Perfetto: all ranks and workers on one time line; null = none")
+
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> Any:
+        """YAML 1.1 takes 10:13 for a number to the base of 60."""
+        return f"{value // 60}:{value % 60}" if type(value) is int and value >= 0 else value
+
+    @property
+    def first_and_last_profiled(self) -> tuple[int, int] | None:
+        """Steps, counted from 1."""
+        if self.profile_steps is None:
+            return None
+        first, last = self.profile_steps.split(":")
+        return int(first), int(last)
 
 
 class Config(Section):

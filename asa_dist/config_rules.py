@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -294,6 +295,14 @@ def _rule_intrinsic_weights(config: Config) -> list[Problem]:
     return [] if any(weights.values()) else [("evaluator.intrinsic", weights, "at least one weight must be above 0")]
 
 
+def _rule_profile_steps(config: Config) -> list[Problem]:
+    steps = config.metrics.profile_steps
+    found = None if steps is None else re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", steps)
+    if steps is None or (found and 1 <= int(found[1]) <= int(found[2])):
+        return []
+    return [("metrics.profile_steps", steps, "write A:B, the first and the last step, 1 ≤ A ≤ B, as in 10:13")]
+
+
 def _rule_distinct_principles(config: Config) -> list[Problem]:
     names = config.evaluator.principles
     return [("evaluator.principles", names, "each at most once")] if len(set(names)) < len(names) else []
@@ -311,7 +320,7 @@ UNUSED = {
         "rollout.heartbeat_timeout_seconds", "evaluator", "objective", "optimizer.lr_psi", "optimizer.lr_phi",
         "optimizer.lr_xi", "optimizer.schedule", "optimizer.warmup_steps", "optimizer.final_fraction",
         "optimizer.robbins_monro_t0", "optimizer.robbins_monro_power", "train.steps", "train.corpus_rows_per_step",
-        "train.eval_every_steps", "metrics.samples_every_steps", "metrics.sample_groups",
+        "train.eval_every_steps", "metrics.samples_every_steps", "metrics.sample_groups", "metrics.profile_steps",
     ),
 }  # fmt: skip
 
@@ -374,6 +383,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _rule_raw_embedding,
         _rule_intrinsic_weights,
         _rule_distinct_principles,
+        _rule_profile_steps,
     ),
     "udasa": (_rule_udasa_needs_model_and_prompts, _rule_thresholds, _rule_distinct_uncertainties),
 }

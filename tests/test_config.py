@@ -185,7 +185,7 @@ def test_overrides_that_cannot_be_applied(config_file: Path, override: str, mess
      "unknown key 'data.tokenizer.train.vocabulary'; did you mean 'data.tokenizer.train.vocab_size'?"),
     ("steps: 3", "unknown key 'steps'; did you mean 'train.steps'?"),
     ("metrics: {qqq: 3}", "unknown key 'metrics.qqq'; known here: samples_every_steps, sample_groups, "
-     "wandb, wandb_project"),
+     "wandb, wandb_project, profile_steps"),
     ("1: 2", "key 1: must be text"),
     ("train: 3", "train = 3: must be a mapping of keys"),
     ("train:", "train = None: must be a mapping of keys"),
@@ -213,6 +213,15 @@ def test_overrides_that_cannot_be_applied(config_file: Path, override: str, mess
 ])
 def test_keys_and_values_outside_the_schema(config_file: Path, text: str, message: str) -> None:
     assert refusal(config_file, text) == f"FILE: {message}"
+
+
+@pytest.mark.parametrize("steps", ["10:13", "1:1", "2:75", "'10:13'"])
+def test_profiled_steps_are_not_taken_for_a_time_of_day(config_file: Path, steps: str) -> None:
+    config = load(config_file, "{}", f"metrics.profile_steps={steps}")
+    assert config.metrics.profile_steps == steps.strip("'")
+    assert load(config_file, dump_config(config)) == config
+    first, last = map(int, steps.strip("'").split(":"))
+    assert config.metrics.first_and_last_profiled == (first, last)
 
 
 def test_messages_say_where_a_value_comes_from(config_file: Path) -> None:
@@ -288,6 +297,10 @@ RULE_CASES: list[tuple[str, list[str], list[str]]] = [  # rule, overrides of the
     ("intrinsic_weights", ["evaluator.intrinsic={self_consistency: 0, coherence: 0, quality: 0}"],
      ["evaluator.intrinsic"]),
     ("distinct_principles", ["evaluator.principles=[fluency, fluency]"], ["evaluator.principles"]),
+    ("profile_steps", ["metrics.profile_steps=3:2"], ["metrics.profile_steps"]),
+    ("profile_steps", ["metrics.profile_steps=0:75"], ["metrics.profile_steps"]),
+    ("profile_steps", ["metrics.profile_steps=5"], ["metrics.profile_steps"]),
+    ("profile_steps", ["metrics.profile_steps=all"], ["metrics.profile_steps"]),
     ("used_by_method", ["udasa.rounds=2"], ["udasa"]),
     ("used_by_method", [*UDASA, "train.steps=5", "objective.beta=0.2"], ["objective", "train.steps"]),
     ("used_by_method", [*UDASA, "data.tokenizer={path: gpt2}"], ["data.tokenizer"]),

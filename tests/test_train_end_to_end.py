@@ -32,7 +32,7 @@ STEP_KEYS = {"step"} | {f"{group}/{name}" for group, names in {
     "grad_norm": "psi phi xi",
     "rollout": "policy_age_max policy_age_mean mismatch_kl max_abs_dlogp entropy length_mean distinct_fraction "
                "truncated_fraction empty_fraction importance_mean clipped_fraction",
-    "time": "step_seconds wait_rollout_seconds publish_seconds",
+    "time": "step_seconds data_seconds wait_rollout_seconds publish_seconds collective_seconds compute_seconds",
     "perf": "tokens_per_second",
     "memory": "peak_bytes",
 }.items() for name in names.split()}

@@ -14,8 +14,8 @@ one that is not finite, is the same for every method: stepping.py.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -26,6 +26,7 @@ from asa_dist.asa.errors import RolloutsUnavailable, TrainingError
 from asa_dist.asa.mismatch import MismatchGuard
 from asa_dist.asa.objective import GlobalCounts, StepInputs, StepResult, step_inputs
 from asa_dist.asa.packing import MicroBatch, TextTables, join, pack_groups
+from asa_dist.asa.step_time import StepTime, timed_evaluation
 from asa_dist.asa.stepping import StepEngine, SteppedLoop, StepRecorder, of_another_version, part_of, require_usable
 from asa_dist.asa.trust import AlignmentState, StepSummary
 from asa_dist.config import Config
@@ -42,6 +43,7 @@ class Engine(StepEngine, Protocol):
         self, batches: Sequence[MicroBatch], inputs: StepInputs, learning_rates: dict[str, float]
     ) -> StepResult: ...
     def corpus_loss(self, batch: MicroBatch, inputs: StepInputs) -> float: ...
+    def collective_seconds(self) -> float: ...  # that this rank has been blocked in collectives, so far
 
 
 class Corpus(Protocol):
@@ -94,6 +96,7 @@ class AsaLoop(SteppedLoop):
     rollout_engine: Literal["hf", "vllm"]  # of all workers, as far as rank 0 knows
     recorder: Recorder
     learning_rates: Callable[[int], dict[str, float]]
+    around_step: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()  # step: from 1 on
     counters: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0.0))
 
     def __post_init__(self) -> None:
@@ -113,7 +116,8 @@ class AsaLoop(SteppedLoop):
         try:
             while self.finished < num_steps and not stop:
                 self._save_if_due()
-                stop = self._step(self.finished, num_steps)
+                with self.around_step(self.finished + 1):
+                    stop = self._step(self.finished, num_steps)
         except RolloutsUnavailable:
             stop = self._agreed_stop_code()
             if not (self._save() and stop):  # who ends a run may end Ray first
@@ -128,17 +132,19 @@ class AsaLoop(SteppedLoop):
         for step in range(self.finished, min(num_steps, self.finished + 1 + self.config.rollout.max_policy_age)):
             self.rollouts.request(step)
         if self.finished == 0:
-            self.recorder.metrics({"step": 0, **self._evaluate()})  # while the first rollouts are generated
+            # while the first rollouts are generated
+            self.recorder.metrics({"step": 0, **timed_evaluation(self._evaluate)})
         return self._agreed_stop_code()
 
     def _step(self, step: int, num_steps: int) -> int:
         """Trains version ``step`` into ``step`` + 1; returns the stop code."""
-        started = time.monotonic()
-        corpus = self.corpus.train_batches(step)  # while the rollouts are under way
-        asked = time.monotonic()
-        groups = self._take(step)
-        waited_seconds = time.monotonic() - asked
-        batches = self._batches(step, corpus, groups)
+        spent = StepTime(self.engine.collective_seconds)
+        with spent.part("data"):
+            corpus = self.corpus.train_batches(step)  # while the rollouts are under way
+        with spent.part("wait_rollout"):
+            groups = self._take(step)
+        with spent.part("data"):
+            batches = self._batches(step, corpus, groups)
         counts = self._global_counts(batches)
         inputs = step_inputs(self.state, self.config.objective, counts, self.device)
         rates = self.learning_rates(step)
@@ -148,7 +154,7 @@ class AsaLoop(SteppedLoop):
         self.finished = step + 1
         self.corpus.trained()
         sums, maxima, prompt_ids, stop = self._reduce(result, groups)
-        publish_seconds = self._unblock_workers(self.finished if stop else num_steps)
+        self._unblock_workers(self.finished if stop else num_steps, spent)
         tokens = {"tokens/corpus": counts.corpus_tokens, "tokens/rollout": counts.response_tokens}
         if not self._record(result, prompt_ids, tokens, self.config.train.max_skipped_steps):
             return stop
@@ -157,14 +163,10 @@ class AsaLoop(SteppedLoop):
         values["trust/rho"] = float(self.state.rho)
         if is_sampled:
             self.recorder.samples(step + 1, groups, result.terms, inputs.coefficients.tau)
-        step_seconds = time.monotonic() - started
-        values |= {
-            **self._speed_and_size(result, rates, step_seconds, sum(tokens.values())),
-            "time/wait_rollout_seconds": waited_seconds,
-            "time/publish_seconds": publish_seconds,
-        }
+        times = spent.metrics()
+        values |= self._speed_and_size(result, rates, times["time/step_seconds"], sum(tokens.values())) | times
         if (step + 1) % self.config.train.eval_every_steps == 0 or step + 1 == num_steps:
-            values |= self._evaluate()
+            values |= timed_evaluation(self._evaluate)
         self.recorder.metrics(values)
         self._guard_against_mismatch(values, is_ending=bool(stop) or self.finished == num_steps)
         return stop
@@ -181,13 +183,13 @@ class AsaLoop(SteppedLoop):
             raise RolloutsUnavailable(problem or f"another rank got no rollouts for step {step + 1}")
         return groups
 
-    def _unblock_workers(self, num_steps: int) -> float:
-        """Hands them the new version, and the prompts it may be used for; how long publishing held up training."""
-        needed = self.finished < num_steps
-        publish_seconds = self._timed(lambda: self.rollouts.publish(self.finished)) if needed else 0.0
+    def _unblock_workers(self, num_steps: int, spent: StepTime) -> None:
+        """Hands them the new version, and the prompts it may be used for."""
+        if self.finished < num_steps:
+            with spent.part("publish"):
+                self.rollouts.publish(self.finished)
         if (ahead := self.finished + self.config.rollout.max_policy_age) < num_steps:
             self.rollouts.request(ahead)
-        return publish_seconds
 
     def _guard_against_mismatch(self, values: dict[str, float], is_ending: bool) -> None:
         """Says, mends or ends it if rollouts are not those of the policy that is trained: `rollout.on_mismatch`.

@@ -9,6 +9,7 @@ from typing import Any
 
 from asa_dist.report.curves import MAX_POINTS, thin
 from asa_dist.report.run_files import RunFiles
+from asa_dist.report.step_time import KEYS as STEP_TIME_KEYS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def filled(chapters: Sequence[Chapter], not_charted: Set[str], run: RunFiles) ->
     Args:
         not_charted: keys that need no chart.
     """
-    known = {key for chapter in chapters for chart in chapter.charts for key in chart.keys} | not_charted
+    known = {key for chapter in chapters for chart in chapter.charts for key in chart.keys}
+    known |= not_charted | STEP_TIME_KEYS
     unknown = tuple(Chart(key, (key,), "", OTHER_NOTE) for key in run.curves if key not in known)
     found = []
     for chapter in (*chapters, Chapter("Further metrics", unknown)):

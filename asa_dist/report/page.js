@@ -215,6 +215,23 @@
     for (const [index, place] of places.entries()) await drawHistogram(place, histograms[index], index);
   }
 
+  // --- where the time goes ------------------------------------------------------------------------------------------
+  async function drawStepTime() {
+    const times = report.step_time; // of runs that have measured it
+    if (!times) return;
+    const bars = times.series.map((series, index) => ({
+      type: "bar", name: series.name, x: times.x, y: series.y, width: times.x.map(() => times.per_bar),
+      marker: { color: PALETTE[index % PALETTE.length], line: { width: 0 } },
+      hovertemplate: `%{y:.3g} s<extra>${series.name}</extra>`,
+    }));
+    await Plotly.react(document.getElementById("step-time-chart"), bars, {
+      ...frame(), barmode: "stack", bargap: 0, hovermode: "x unified",
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+      xaxis: { ...axisOf(), title: { text: "step", standoff: 4 }, hoverformat: ",d" },
+      yaxis: { ...axisOf(), title: { text: "seconds per step", standoff: 4 }, exponentformat: "SI", rangemode: "tozero" },
+    }, CONFIG);
+  }
+
   // --- samples ------------------------------------------------------------------------------------------------------
   const samples = report.samples ?? { terms: [], groups: [], trends: [] }; // of ASA
   const rows = samples.groups.flatMap((group, place) => group.responses.map((response, sibling) => ({
@@ -337,11 +354,13 @@
 
   async function main() {
     setUpSamples();
+    await drawStepTime();
     await drawChapters();
     await drawHistograms();
     await setUpTrends();
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
       if (rows.length) fillTable();
+      drawStepTime();
       drawn.forEach(([chart, hidden], place) => draw(place, chart, hidden));
       histogramsDrawn.forEach(([histogram, index], place) => drawHistogram(place, histogram, index));
     });

@@ -22,6 +22,7 @@ from asa_dist.report.method_page import MethodPage
 from asa_dist.report.run_files import RunFiles, read_run
 from asa_dist.report.settings import MISSING, Setting, settings
 from asa_dist.report.signs import warnings
+from asa_dist.report.step_time import step_time_chart, step_time_section
 from asa_dist.report.udasa_page import udasa_page
 from asa_dist.runtime.checkpoint_files import write_atomically
 
@@ -62,7 +63,8 @@ def build_page(run: RunFiles) -> str:
         raise ConfigError(f"plotly is not installed: {error}; the report needs it: pip install plotly") from None
     method = METHODS[run.setting("method")](run)
     found = happenings(run)
-    data = {"last_step": run.last_step, "chapters": method.chapters, "marks": marks(found), **method.data}
+    data = {"last_step": run.last_step, "chapters": method.chapters, "marks": marks(found),
+            "step_time": step_time_chart(run), **method.data}
     source = files("asa_dist.report")
     return Template((source / "page.html").read_text(encoding="utf-8")).substitute(
         title=escape(f"{run.name}: {method.state}"),
@@ -71,7 +73,7 @@ def build_page(run: RunFiles) -> str:
         header=_header(run, method),
         warnings=_warnings([*warnings(run), *method.warnings]),
         happenings=_happenings(found),
-        before_curves=method.before_curves,
+        before_curves=step_time_section(run) + method.before_curves,
         legend_of_marks="deaths, failures and skipped steps in red, resumes and stops in violet",
         shading=escape(method.shading),
         thinning=escape(thinning_note(run)),

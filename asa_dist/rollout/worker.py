@@ -35,6 +35,7 @@ from asa_dist.rollout.calls import RolloutTimeout, wait_for
 from asa_dist.rollout.coordinator import LoadOrder, Refusal, Rest, RolloutFailure
 from asa_dist.rollout.engine import NO_VERSION, Engine, EngineStartError, SamplingConfig, WeightLoadError
 from asa_dist.rollout.engine_choice import INSTALL_VLLM, chosen_engine, describe_engine
+from asa_dist.rollout.spans import SpanLog
 
 MAX_RELOADS_IN_A_ROW = 3
 ANSWER_SECONDS = 0.01  # a few times what the coordinator needs to answer, if it has something
@@ -78,6 +79,7 @@ class _Held:
 
     lease: Lease
     deadline_seconds: float  # of time.monotonic
+    taken_ns: int  # of time.time_ns
 
 
 class RolloutWorker:
@@ -87,7 +89,7 @@ class RolloutWorker:
         worker_id: unique among all workers the coordinator has ever seen.
         coordinator: its Ray handle.
         config_folder: folder with the model's transformers ``config.json``, readable on this worker's host.
-        stacks_folder: of :func:`stacks_file`, shared with the supervisor's host.
+        stacks_folder: of :func:`stacks_file`, in the run folder, shared with the supervisor's host.
         build_engine: makes the engine, in this worker's process.
     """
 
@@ -99,6 +101,7 @@ class RolloutWorker:
         self._rollout = sampling.rollout
         self._stacks_path = stacks_file(stacks_folder, worker_id)
         self._stacks: BinaryIO | None = None  # open as long as this worker runs
+        self._spans = SpanLog(Path(stacks_folder).parent / "profile", worker_id)
         self._phase = "importing torch"
         self._served_version = NO_VERSION  # what the coordinator is told: NO_VERSION asks for the weights again
         self._reloads_in_a_row = 0
@@ -175,7 +178,8 @@ class RolloutWorker:
             self._postponed.append(order)
         if self._served_version != NO_VERSION:
             for lease in self._postponed:
-                self._held[lease.lease_id] = _Held(lease, time.monotonic() + self._rollout.lease_timeout_seconds)
+                deadline_seconds = time.monotonic() + self._rollout.lease_timeout_seconds
+                self._held[lease.lease_id] = _Held(lease, deadline_seconds, time.time_ns())
                 engine.begin(lease.lease_id, lease.prompts)
             self._postponed.clear()
 
@@ -186,7 +190,7 @@ class RolloutWorker:
         self._phase = f"loading version {version}"
         shards = self._wait_for(list(order.shard_refs), f"the shards of version {version}")
         try:
-            with self._deadline(self._rollout.lease_timeout_seconds):
+            with self._spans.span(self._phase), self._deadline(self._rollout.lease_timeout_seconds):
                 engine.load(version, assemble(order.manifest, shards))
             self._served_version = version
         except CorruptShardError as error:
@@ -200,23 +204,26 @@ class RolloutWorker:
         first = next(iter(self._held.values()))  # the one that is due first
         others = f" and {len(self._held) - 1} more" * (len(self._held) > 1)
         self._phase = f"generating {_place(first.lease)}{others} with version {engine.version}"
-        with self._deadline(self._rollout.lease_timeout_seconds, first.deadline_seconds - time.monotonic()):
+        left_seconds = first.deadline_seconds - time.monotonic()
+        with self._spans.span(self._phase), self._deadline(self._rollout.lease_timeout_seconds, left_seconds):
             while not (finished := engine.advance()) and not (engine.has_room and self._order_has_come()):
                 pass
-        refusals = [self._deliver(self._held.pop(lease_id).lease, responses) for lease_id, responses in finished]
+        refusals = [self._deliver(self._held.pop(lease_id), responses) for lease_id, responses in finished]
         if suspect := [refusal for refusal in refusals if refusal is not None and not refusal.late]:
             engine.drop()  # what the same weights have begun
             self._postponed += [held.lease for held in self._held.values()]
             self._held.clear()
             self._load_again(RuntimeError(f"delivery refused: {suspect[0].reason}"))
 
-    def _deliver(self, lease: Lease, responses: Sequence[tuple[Response, ...]]) -> Refusal | None:
+    def _deliver(self, held: _Held, responses: Sequence[tuple[Response, ...]]) -> Refusal | None:
+        lease = held.lease
         groups = [RolloutGroup(lease.step, lease.first_index + offset, prompt, siblings)
                   for offset, (prompt, siblings) in enumerate(zip(lease.prompts, responses, strict=True))]
         self._phase = f"delivering {_place(lease)}"
         refusal: Refusal | None = self._wait_for(
             self._coordinator.deliver.remote(self._worker_id, lease.lease_id, groups),
             "the coordinator to take the groups")
+        self._spans.add(f"lease of {_place(lease)}", held.taken_ns, lease.lease_id)
         if refusal is None:
             self._reloads_in_a_row = 0
         return refusal

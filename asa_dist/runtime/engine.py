@@ -17,12 +17,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import comm
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
 from asa_dist.asa.objective import FusedOutput, StepInputs, StepResult
 from asa_dist.asa.packing import MicroBatch
 from asa_dist.config import OptimizerConfig, TrainConfig
+from asa_dist.runtime.collective_time import CollectiveTime
 from asa_dist.runtime.gradients import clip_by_part, no_update
 from asa_dist.runtime.model import PHI, XI, named_parts
 from asa_dist.runtime.nonfinite import count_nonfinite, find_nonfinite, skip_reason
@@ -192,6 +194,7 @@ class TrainEngine:
             model=model, optimizer=adamw, config=deepspeed_settings(train, dtype, placement.num_ranks)
         )
         self._set_collective_timeout(train.collective_timeout_seconds)
+        self._collective_time = CollectiveTime(comm.comm.cdb)
 
     def _set_collective_timeout(self, timeout_seconds: float) -> None:
         """ZeRO's own groups ignore the timeout of ``init_process_group``: they would wait for a lost peer for ever."""
@@ -238,7 +241,7 @@ class TrainEngine:
         with no_update(self.optimizer, self.engine.basic_optimizer):
             self.engine.step()
         found: list[Any] = [None] * self.placement.num_ranks
-        dist.all_gather_object(found, find_nonfinite(batches, outputs))
+        comm.all_gather_object(found, find_nonfinite(batches, outputs))
         reason, prompt_ids = skip_reason(found, norms)
         return replace(result, skipped_because=reason, skipped_prompt_ids=prompt_ids)
 
@@ -289,13 +292,17 @@ class TrainEngine:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """All-reduced copy, float64 on the CPU."""
         summed = values.detach().to(self.placement.device, torch.float64, copy=True)
-        dist.all_reduce(summed)
+        comm.all_reduce(summed)
         return summed.cpu()
 
     def max_over_ranks(self, values: Sequence[float]) -> list[float]:
         largest = torch.tensor(values, dtype=torch.float64, device=self.placement.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        comm.all_reduce(largest, op=comm.ReduceOp.MAX)
         return largest.tolist()
+
+    def collective_seconds(self) -> float:
+        """How long this rank has been blocked in collectives since this engine was made: see CollectiveTime."""
+        return self._collective_time.seconds
 
     def peak_memory_bytes(self) -> int:
         """Of this process: allocated on the GPU, or resident on the CPU."""
@@ -326,4 +333,5 @@ class TrainEngine:
 
     def close(self) -> None:
         """Gives back what DeepSpeed holds; call once, at the end. The process group stays."""
+        self._collective_time.close()
         self.engine.destroy()

@@ -9,7 +9,6 @@ one that is not finite, is the same for every method: asa/stepping.py. Adam's mo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from asa_dist.asa.objective import StepResult
 from asa_dist.asa.packing import MicroBatch
+from asa_dist.asa.step_time import StepTime, timed_evaluation
 from asa_dist.asa.stepping import StepEngine, SteppedLoop, StepRecorder, of_another_version, part_of, require_usable
 from asa_dist.config_udasa import CurriculumConfig, DpoConfig
 from asa_dist.udasa.curriculum import StagePlan, Stopping
@@ -32,6 +32,7 @@ class Engine(StepEngine, Protocol):
         self, batches: Sequence[MicroBatch], inputs: PairInputs, learning_rates: Mapping[str, float]
     ) -> StepResult: ...
     def evaluate(self, batches: Sequence[MicroBatch], inputs: PairInputs) -> dict[str, Tensor]: ...
+    def collective_seconds(self) -> float: ...  # that this rank has been blocked in collectives, so far
 
 
 class Pairs(Protocol):
@@ -141,8 +142,9 @@ class UdasaLoop(SteppedLoop):
     # --- one step -----------------------------------------------------------------------------------------------
     def _step(self, plan: StagePlan, prompt_ids: list[int]) -> int:
         """Trains on the pairs; evaluates if it is time; returns the stop code."""
-        started = time.monotonic()
-        batches = self.pairs.train_batches(prompt_ids)
+        spent = StepTime(self.engine.collective_seconds, parts=("data",))
+        with spent.part("data"):
+            batches = self.pairs.train_batches(prompt_ids)
         inputs = self._inputs(plan, batches)
         rates = {"psi": plan.learning_rate(self.step_in_stage)}
         result = self.engine.train_step(batches, inputs, rates)
@@ -152,6 +154,7 @@ class UdasaLoop(SteppedLoop):
         counts = inputs.counts
         if not self._record(result, prompt_ids, {"tokens/rollout": counts.response_tokens}, self.max_skipped_steps):
             return stop
+        times = spent.metrics()
         values = {
             "step": self.finished,
             **self.counters,
@@ -159,11 +162,12 @@ class UdasaLoop(SteppedLoop):
             "udasa/pairs": counts.pairs,
             **{f"udasa/{name}": mean for name, mean in means(sums, counts).items()},
             **maxima,
-            **self._speed_and_size(result, rates, time.monotonic() - started, counts.response_tokens),
+            **self._speed_and_size(result, rates, times["time/step_seconds"], counts.response_tokens),
+            **times,
         }
         is_last = self.step_in_stage == plan.num_steps
         if plan.heldout_ids and (is_last or self.step_in_stage % self.curriculum.eval_every_steps == 0):
-            values |= self._evaluate(plan)
+            values |= timed_evaluation(lambda: self._evaluate(plan))
         self.recorder.metrics(values)
         return stop
 

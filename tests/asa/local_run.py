@@ -78,6 +78,9 @@ class LocalEngine:
     def max_over_ranks(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
+    def collective_seconds(self) -> float:
+        return 0.0
+
     def peak_memory_bytes(self) -> int:
         return 1
 

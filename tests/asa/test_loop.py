@@ -55,7 +55,8 @@ def test_metrics(tmp_path: Path) -> None:
     run.loop.run(3)
     first, *steps, last = run.recorder.rows
     assert set(last) == {"step", "time/checkpoint_seconds"}
-    assert first["step"] == 0 and set(first) == {"step", "eval/perplexity", "eval/bigram_perplexity"}
+    assert first["step"] == 0
+    assert set(first) == {"step", "eval/perplexity", "eval/bigram_perplexity", "time/evaluation_seconds"}
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert [("eval/perplexity" in row) for row in steps] == [False, True, True]
     assert all(math.isfinite(value) for row in steps for value in row.values())

@@ -125,6 +125,9 @@ class UnigramEngine:
     def max_over_ranks(self, values: Sequence[float]) -> list[float]:
         return [max(column) for column in zip(*self._ranks.gather(self._rank, list(values)), strict=True)]
 
+    def collective_seconds(self) -> float:
+        return 0.0
+
     def peak_memory_bytes(self) -> int:
         return 1
 
