@@ -4,9 +4,10 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 OVERRIDES ?=
+BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels overlap rollout clean
+.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap step rollout clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,11 +42,20 @@ udasa: $(INSTALLED)  ## UDASA on a world whose truth is known: every arm, three 
 kernels: $(INSTALLED)  ## compile every kernel for four GPUs, without one; writes the tables in benchmarks/README.md
 	$(VENV)/bin/python benchmarks/kernels.py compile
 
-overlap: $(INSTALLED)  ## step time while generating beside training, against taking turns; an idle machine, 5 minutes
-	$(VENV)/bin/python benchmarks/overlap.py
+bench: $(INSTALLED)  ## the throughput benchmarks, short: what was promised, what was kept; BENCH="--smoke", "--only step"; an idle machine
+	$(VENV)/bin/python benchmarks/bench.py $(BENCH)
+
+bench-tables: $(INSTALLED)  ## benchmarks/results/*.json as tables in benchmarks/README.md
+	$(VENV)/bin/python benchmarks/readme_tables.py
+
+overlap: $(INSTALLED)  ## a step at max_policy_age 0, 1, 2, 4, 8 beside the longer of train and rollout; an idle machine, half an hour
+	$(VENV)/bin/python benchmarks/overlap.py --out benchmarks/results/overlap.json
+
+step: $(INSTALLED)  ## the fused step beside a plain language-model step and beside separate passes; an idle machine
+	$(VENV)/bin/python benchmarks/step.py --out benchmarks/results/step.json
 
 rollout: $(INSTALLED)  ## tokens/s through the rollout worker beside bare vLLM, engines vllm and hf; an idle machine, 20 minutes
-	$(VENV)/bin/python benchmarks/rollout.py --out benchmarks/rollout.json
+	$(VENV)/bin/python benchmarks/rollout.py --out benchmarks/results/rollout.json
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -1,154 +1,188 @@
-"""How much of the time for generating is hidden behind training: step time at max_policy_age 1 against 0.
+"""Does generating hide behind training? A step at each `max_policy_age`, beside the longer of the two alone.
 
-    python benchmarks/overlap.py --out benchmarks/overlap.json
+    python benchmarks/overlap.py --out benchmarks/results/overlap.json     ages 0, 1, 2, 4, 8
+    python benchmarks/overlap.py --short                                   ages 0 and 1; within 6 minutes
+    python benchmarks/overlap.py --learning --work runs/overlap --out benchmarks/results/overlap_learning.json
+                                                                           what is learnt: overlap_learning.py; hours
 
-One trainer rank on one core, one rollout worker on another, as much work for both: corpus rows per step are calibrated
-first. Then one run goes through blocks of steps at bound 0, 1, 0, 1, …, each a fresh start of `asa resume`, so that a
-machine that gets slower meanwhile slows both alike. No overlap can do better than
-max(train, generate) / (train + generate), about 0.5. Learning rates are 0: responses stay as long as they were.
+One trainer rank on one core; on another one the rollout worker, and everything else of the run: Ray, the coordinator,
+the launcher. Both have as much to do: corpus rows per step are calibrated first. Then one run goes through blocks of
+steps, each a fresh start of `asa resume`, and the ages take turns, so that a machine that gets slower meanwhile slows
+all alike. Learning rates are 0: responses stay as long as they were.
 
-One JSON line on stdout. Exit code 0 if the ratio is at most 0.75.
+Alone: training with all rollouts at hand, while the worker stands still (once a round); the rollout is what the trainer
+waits for at age 0, when it has nothing else to do.
+
+One JSON line on stdout. Promise: at age 1 a step takes at most 1.10 of the longer of the two, of which the shorter one
+is at least 0.85.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-from live_run import ROOT, Hang, LiveRun, Progress, when_and_where
-
-CONFIG = ROOT / "configs/quickstart.yaml"
-SETTINGS = (
-    "train.ranks=1", "optimizer.lr_psi=0.0", "optimizer.lr_phi=0.0", "optimizer.lr_xi=0.0", "data.max_documents=2000",
-    "data.sequence_length=256", "rollout.max_new_tokens=224",  # few and long: decoding is slow, training on them is not
-    "rollout.prompts_per_step=2", "rollout.responses_per_prompt=3", "evaluator.max_warmup_steps=0",
-    "train.eval_every_steps=1000000", "checkpoint.every_steps=1000000", "metrics.samples_every_steps=1000000",
+from live_run import LiveRun, Progress
+from overlap_blocks import (
+    CONFIG,
+    FIRST_ROWS,
+    SETTINGS,
+    TRAINER_CORE,
+    WORKER_CORE,
+    Block,
+    calibrate,
+    run_block,
+    train_alone_seconds,
+    train_and_rollout_seconds,
+    train_command,
 )
-TARGET_RATIO = 0.75
-BALANCE = 0.1  # calibrated when training and generating differ by at most this share
-MAX_CALIBRATIONS = 4
-WARM_STEPS = 4  # at the start of each block: not counted
-TRAINER_CORE, WORKER_CORE = 0, 1
+from results import Ratio, add_sizes, make_result, write_result
+
+TARGET_RATIO, PROMISED_AGE = 1.10, 1
+TARGET_BALANCE = 0.85
+BASELINE = "max(train, rollout), each alone"
 
 
-def pin(process: psutil.Process, core: int) -> None:
-    """All threads there are; later ones inherit it."""
-    for thread in process.threads():
-        os.sched_setaffinity(thread.id, {core})
+@dataclass(frozen=True)
+class Size:
+    """How much is measured.
 
-
-def block(run: LiveRun, command: Sequence[str], last_step: int) -> list[dict[str, float]]:
-    """Trains until ``last_step``; the metrics of the steps that count.
-
-    Raises:
-        Hang: the run does not get there.
+    Args:
+        rounds: blocks of every age.
+        steps: of a block, that count.
+        warm_steps: of a block, before them.
+        calibrations: runs to find the corpus rows with; 0: none, they are what calibrating would begin with.
+        overrides: of the run's config.
     """
-    first_step = run.last_step + 1
-    run.start(*command, f"train.steps={last_step}")
-    run.wait_until(lambda: bool(run.of_kind("rank 0") and run.of_kind("worker")), "rank and worker")
-    run.wait_until(lambda: run.last_step >= first_step, "the first step")
-    for kind, core in (("rank 0", TRAINER_CORE), ("worker", WORKER_CORE)):
-        pin(run.of_kind(kind)[0], core)
-    if run.wait() != 0:
-        raise Hang(f"the run failed:\n{run.last_words()}")
-    return [step for step in run.steps if step["step"] >= first_step + WARM_STEPS]
+
+    ages: tuple[int, ...]
+    rounds: int
+    steps: int
+    warm_steps: int
+    calibrations: int
+    overrides: tuple[str, ...] = ()
 
 
-def median(steps: Sequence[dict[str, float]], key: str) -> float:
-    return statistics.median(step[key] for step in steps)
+SIZES = {
+    "full": Size((0, 1, 2, 4, 8), 5, 24, 4, 4),
+    "short": Size((0, 1), 2, 16, 4, 2),
+    "smoke": Size((0, 1), 1, 2, 1, 0, ("data.max_documents=200", "rollout.max_new_tokens=32")),
+}
+Round = dict[int, Block]  # by age
 
 
-def train_and_generate_seconds(synchronous: Sequence[dict[str, float]]) -> tuple[float, float]:
-    """Of steps at bound 0, where the trainer waits exactly as long as the worker works."""
-    generate = median(synchronous, "time/wait_rollout_seconds")
-    return statistics.median(step["time/step_seconds"] - step["time/wait_rollout_seconds"]
-                             for step in synchronous), generate
-
-
-def calibrate(num_steps: int, overrides: Sequence[str], progress: Progress) -> int:
-    """Corpus rows per step with which training takes as long as generating."""
-    rows = 8
-    for _ in range(MAX_CALIBRATIONS):
-        with tempfile.TemporaryDirectory(prefix="asa-overlap-") as folder, LiveRun(Path(folder)) as run:
-            command = start_command(run, rows, overrides)
-            train, generate = train_and_generate_seconds(block(run, command, num_steps + WARM_STEPS))
-        progress.say(f"calibrating: {rows} corpus rows: train {train:.3f} s, generate {generate:.3f} s")
-        if abs(train - generate) <= BALANCE * max(train, generate):
-            break
-        rows = max(1, round(rows * generate / train))
-    return rows
-
-
-def start_command(run: LiveRun, rows: int, overrides: Sequence[str]) -> list[str]:
-    settings = [*SETTINGS, f"train.corpus_rows_per_step={rows}", "rollout.max_policy_age=0", *overrides]
-    return ["train", str(CONFIG), *settings, "--run-dir", str(run.run_dir)]
-
-
-def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """All blocks; what to report."""
-    rows = options.rows or calibrate(options.steps, options.overrides, progress)
-    blocks: dict[int, list[list[dict[str, float]]]] = {0: [], 1: []}
-    per_block = options.steps + WARM_STEPS
+def measure(size: Size, rows: int, overrides: Sequence[str], progress: Progress) -> list[Round]:
+    """All blocks of one run; every other round backwards."""
+    rounds: list[Round] = []
+    started = progress.seconds
     with tempfile.TemporaryDirectory(prefix="asa-overlap-") as folder, LiveRun(Path(folder)) as run:
-        command = start_command(run, rows, options.overrides)
-        for index in range(2 * options.blocks):
-            steps = block(run, command, (index + 1) * per_block)
-            blocks[index % 2].append(steps)
-            left_minutes = progress.seconds / (index + 1) * (2 * options.blocks - index - 1) / 60
-            progress.say(f"bound {index % 2}: {median(steps, 'time/step_seconds'):.3f} s per step; "
-                         f"at most {left_minutes:.1f} minutes left")
-            command = ["resume", str(run.run_dir), f"rollout.max_policy_age={(index + 1) % 2}"]
-    return report(rows, blocks, options)
+        command = train_command(run, rows, overrides)
+        for number in range(size.rounds):
+            rounds.append({})
+            for age in size.ages if number % 2 == 0 else size.ages[::-1]:
+                block = rounds[-1][age] = run_block(run, command, age, size.steps, size.warm_steps)
+                command = ["resume", str(run.run_dir)]
+                done, all_blocks = sum(map(len, rounds)), size.rounds * len(size.ages)
+                left_minutes = (progress.seconds - started) / done * (all_blocks - done) / 60
+                progress.say(f"age {age}: {block.wall_seconds:.3f} s per step, waits {block.wait_seconds:.3f} s of it; "
+                             f"about {left_minutes:.0f} minutes left")
+            train = train_alone_seconds(run, command, size.steps)
+            rounds[-1][0] = replace(rounds[-1][0], train_alone_seconds=train)
+            progress.say(f"training alone: {train:.3f} s per step")
+    return rounds
 
 
-def report(rows: int, blocks: dict[int, list[list[dict[str, float]]]], options: argparse.Namespace) -> dict[str, Any]:
-    together = {bound: [step for steps in of_bound for step in steps] for bound, of_bound in blocks.items()}
-    train, generate = train_and_generate_seconds(together[0])
-    figures = {name: {f"bound {bound}": round(median(steps, key), 4) for bound, steps in together.items()}
-               for name, key in (("step_seconds", "time/step_seconds"),
-                                 ("wait_rollout_seconds", "time/wait_rollout_seconds"),
-                                 ("publish_stall_seconds", "time/publish_seconds"),
-                                 ("policy_age_mean", "rollout/policy_age_mean"))}
-    ratio = figures["step_seconds"]["bound 1"] / figures["step_seconds"]["bound 0"]
+def ratios_of(rounds: Sequence[Round]) -> list[Ratio]:
+    """Medians over the rounds, in each of which the ages took turns."""
+    alone = [train_and_rollout_seconds(of_round[0]) for of_round in rounds]
+    train, rollout = (statistics.median(seconds) for seconds in zip(*alone, strict=True))
+    found = [_ratio("balance", [min(both) / max(both) for both in alone], "the longer of train and rollout",
+                    better="higher", target=TARGET_BALANCE, limit=1.0,
+                    why=f"train {train:.3f} s, rollout {rollout:.3f} s: choose --rows")]
+    for age in rounds[0]:
+        walls = [of_round[age].wall_seconds for of_round in rounds]
+        found.append(_ratio(
+            f"age {age}", [wall / max(both) for wall, both in zip(walls, alone, strict=True)], BASELINE,
+            target=TARGET_RATIO if age == PROMISED_AGE else None, limit=1.0 if age else None,
+            why=where_it_goes(rounds, age)))
+        if age:
+            found.append(_ratio(
+                f"age {age}, against taking turns",
+                [wall / of_round[0].wall_seconds for wall, of_round in zip(walls, rounds, strict=True)],
+                "a step at age 0", limit=round(max(train, rollout) / (train + rollout), 3)))
+    return found
+
+
+def _ratio(name: str, values: Sequence[float], baseline: str, why: str = "", **keywords: Any) -> Ratio:
+    ratio = Ratio(name, round(statistics.median(values), 3), baseline, lowest=round(min(values), 3),
+                  highest=round(max(values), 3), **keywords)
+    return Ratio(**{**asdict(ratio), "why": why}) if ratio.is_met is False else ratio
+
+
+def where_it_goes(rounds: Sequence[Round], age: int) -> str:
+    """What a step costs more than at age 0, by process: each core has room for as much as a step is long."""
+    def median(of_age: int, kind: str) -> float:
+        return statistics.median(of_round[of_age].core_seconds.get(kind, 0.0) for of_round in rounds)
+
+    parts = [f"{kind} {median(age, kind):.3f} ({median(0, kind):.3f})" for kind in rounds[0][age].core_seconds]
+    wait = statistics.median(of_round[age].wait_seconds for of_round in rounds)
+    return (f"seconds of a core per step, at age {age} (at age 0): {', '.join(parts)}; the trainer has core "
+            f"{TRAINER_CORE}, all others share core {WORKER_CORE}; it waits {wait:.3f} s per step")
+
+
+def measurements(rounds: Sequence[Round]) -> dict[str, Any]:
+    alone = [train_and_rollout_seconds(of_round[0]) for of_round in rounds]
     return {
-        "benchmark": "overlap", "ok": ratio <= TARGET_RATIO, "ratio": round(ratio, 3), "target": TARGET_RATIO,
-        "limit": round(max(train, generate) / (train + generate), 3), "train_seconds": round(train, 4),
-        "generate_seconds": round(generate, 4), **figures,
-        "step_seconds_of_blocks": {
-            f"bound {bound}": [round(median(steps, "time/step_seconds"), 4) for steps in of_bound]
-            for bound, of_bound in blocks.items()},
-        "corpus_rows_per_step": rows, "steps_per_block": options.steps, "config": CONFIG.name,
-        "settings": [*SETTINGS, *options.overrides], **when_and_where(),
+        "alone_seconds": {"train": [round(train, 5) for train, _ in alone],
+                          "rollout": [round(rollout, 5) for _, rollout in alone]},
+        "blocks": [[asdict(block) for block in of_round.values()] for of_round in rounds],
     }
 
 
-def parse_arguments() -> argparse.Namespace:
+def settings(size: Size, rows: int, overrides: Sequence[str]) -> Mapping[str, Any]:
+    return {"config": CONFIG.name, "overrides": [*SETTINGS, f"train.corpus_rows_per_step={rows}", *overrides],
+            "steps_per_block": size.steps, "warm_steps": size.warm_steps, "trainer_core": TRAINER_CORE,
+            "core_of_the_rest": WORKER_CORE}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the run's config")
-    parser.add_argument("--blocks", type=int, default=3, help="of each bound")
-    parser.add_argument("--steps", type=int, default=20, help="counted in each block")
     parser.add_argument("--rows", type=int, help="corpus rows per step; default: calibrated")
-    parser.add_argument("--out", type=Path, help="file for the JSON line, too")
-    return parser.parse_intermixed_args()
+    parser.add_argument("--learning", action="store_true", help="instead: truth by step and by second; full size only")
+    parser.add_argument("--work", type=Path, help="with --learning: folder for runs; finished ones are not repeated")
+    add_sizes(parser)
+    options = parser.parse_intermixed_args(arguments)
+    if options.learning and (options.size != "full" or options.rows is not None):
+        parser.error("--learning has one size, and its own corpus rows")
+    if options.work is not None and not options.learning:
+        parser.error("--work: only with --learning")
+    return options
 
 
 def main() -> int:
     options = parse_arguments()
     if (os.cpu_count() or 1) < 2:
         sys.exit("overlap: needs two cores")
-    text = json.dumps(result := measure(options, Progress()))
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    return 0 if result["ok"] else 1
+    if options.learning:
+        from overlap_learning import learn
+
+        return learn(options.work, options.overrides, options.out)
+    progress, size = Progress(), SIZES[options.size]
+    overrides = (*size.overrides, *options.overrides)
+    rows = options.rows or FIRST_ROWS
+    if options.rows is None and size.calibrations:
+        rows = calibrate(size.calibrations, size.steps, size.warm_steps, overrides, progress)
+    rounds = measure(size, rows, overrides, progress)
+    return write_result(make_result("overlap", options.size, ratios_of(rounds), settings(size, rows, overrides),
+                                    measurements(rounds)), options.out)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,54 @@
 """Tokens per second through the rollout worker, beside bare ``vllm.LLM.generate``; engines `vllm` and `hf`.
 
-    python benchmarks/rollout.py --out benchmarks/rollout.json
+    python benchmarks/rollout.py --out benchmarks/results/rollout.json
 
 A four-layer Llama, float32, one core; 256 responses to 32 prompts: 64 tokens each (uniform), or 8 to 256, as an
 end-of-text with probability 1/100 has it (mixed). vLLM changes torch for its whole process, so every kind of variant
 (`rollout_variants.py`) has one of its own; they take turns, so that a machine that gets slower slows all alike. The
 counter-based noise makes both engines sample the same lengths; the bare engine is told them.
 
-One JSON line on stdout. Exit code 0 if the worker with engine vllm, all groups in one lease, reaches 0.95 of the bare
-engine under every load; with --short there is one small load, and no such promise.
+One JSON line on stdout. Promise: the worker with engine vllm, all groups in one lease, reaches 0.95 of the bare engine
+under every load; no other variant is promised anything. With --short one of the loads, with --smoke a tiny one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from live_run import Hang, Progress, when_and_where
-from rollout_variants import KINDS, Load, Turn, serve, with_enough_to_say
+from live_run import Hang, Progress
+from results import Ratio, add_sizes, make_result, write_result
+from rollout_variants import (
+    CORE,
+    GROUP_SIZE,
+    GROUPS,
+    KINDS,
+    OTHER_CORE,
+    PROMPT_TOKENS,
+    SEED,
+    Load,
+    Turn,
+    serve,
+    with_enough_to_say,
+)
 
 TARGET_RATIO = 0.95
-MEASURED, LIMIT = "worker vllm, 1 lease", "bare"
+PROMISED, ENGINE, BARE = "worker vllm, 1 lease", "engine", "bare"
+BASELINE = "bare vllm.LLM.generate"
 START_SECONDS = 300.0
 NEVER = 1e-12
 LOADS = {f"{name}, V = {vocab_size:,}": Load(vocab_size, *load) for vocab_size in (2048, 32000)
          for name, load in (("uniform", (64, NEVER)), ("mixed", (256, 0.01)))}
-SHORT_LOADS = {"uniform, V = 2,048": Load(2048, 8, NEVER)}
+SHORT_LOAD = "mixed, V = 2,048"
+SMOKE_LOADS = {"uniform, 8 tokens, V = 2,048": Load(2048, 8, NEVER)}
+REPEATS = {"full": 3, "short": 3, "smoke": 1}
 
 
 class Server:
@@ -93,41 +107,64 @@ def servers(load: Load) -> Iterator[list[Server]]:
 
 
 def measure(name: str, load: Load, repeats: int, progress: Progress) -> dict[str, Any]:
-    """Tokens per second of every variant under one load: the median and all of them."""
+    """Tokens per second of every variant under one load, of all turns."""
     turns: dict[str, list[Turn]] = {}
     with servers(with_enough_to_say(load)) as running:
-        for _ in range(repeats):
+        for number in range(1, repeats + 1):
             for server in running:
                 for variant in server.variants:
                     turns.setdefault(variant, []).append(server.turn(variant))
-    lengths = turns[LIMIT][0].lengths
-    rates = {variant: [sum(lengths) / turn.seconds for turn in of_variant] for variant, of_variant in turns.items()}
-    medians = {variant: statistics.median(of_variant) for variant, of_variant in rates.items()}
-    result = {
+            progress.say(f"{name}: turn {number} of {repeats}")
+    lengths = turns[BARE][0].lengths
+    return {
         "response_tokens": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths),
                             "sum": sum(lengths)},
-        "tokens_per_second": {variant: round(value) for variant, value in medians.items()},
-        "of_bare": {variant: round(value / medians[LIMIT], 3) for variant, value in medians.items()},
-        "tokens_per_second_of_turns": {variant: [*map(round, of_variant)] for variant, of_variant in rates.items()},
+        "tokens_per_second": {variant: [round(sum(lengths) / turn.seconds) for turn in of_variant]
+                              for variant, of_variant in turns.items()},
     }
-    progress.say(f"{name}: {json.dumps(result['tokens_per_second'])}")
-    return result
 
 
-def report(loads: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    ratios = {name: of_load["of_bare"][MEASURED] for name, of_load in loads.items()}
-    return {"benchmark": "rollout", "ok": options.short or min(ratios.values()) >= TARGET_RATIO, "ratio": ratios,
-            "target": TARGET_RATIO, "repeats": options.repeats, "short": options.short, "loads": loads,
-            **when_and_where()}
+def ratios_of_load(name: str, rates: Mapping[str, Sequence[float]]) -> list[Ratio]:
+    """Every variant's median of the bare engine's; lowest and highest of the pairs that took turns."""
+    found = []
+    for variant, of_variant in rates.items():
+        if variant == BARE:
+            continue
+        pairs = [rate / bare for rate, bare in zip(of_variant, rates[BARE], strict=True)]
+        ratio = Ratio(
+            f"{variant}: {name}", round(statistics.median(of_variant) / statistics.median(rates[BARE]), 3), BASELINE,
+            "higher", round(min(pairs), 3), round(max(pairs), 3), TARGET_RATIO if variant == PROMISED else None, 1.0)
+        found.append(replace(ratio, why=where_it_goes(rates)) if ratio.is_met is False else ratio)
+    return found
+
+
+def where_it_goes(rates: Mapping[str, Sequence[float]]) -> str:
+    """A token's time through the worker, in its parts."""
+    bare, engine, worker = (1e6 / statistics.median(rates[variant]) for variant in (BARE, ENGINE, PROMISED))
+    return (f"µs per token: bare {bare:.0f}; our engine in process {engine - bare:+.0f}, for noise of its own over the "
+            f"vocabulary, log-probs and groups; the round through Ray and the coordinator {worker - engine:+.0f}")
+
+
+def loads_of(options: argparse.Namespace) -> dict[str, Load]:
+    if options.size == "smoke":
+        return SMOKE_LOADS
+    only = options.only or (SHORT_LOAD if options.size == "short" else None)
+    return {only: LOADS[only]} if only else LOADS
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="one small load: does it run?")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of every variant, after one to warm up")
+    parser.add_argument("--repeats", type=int, help="turns of every variant, after one to warm up; default 3, smoke 1")
     parser.add_argument("--only", choices=LOADS, help="one of the loads")
-    parser.add_argument("--out", type=Path, help="file for the JSON line, too")
+    add_sizes(parser)
     return parser.parse_args(arguments)
+
+
+def settings(loads: Mapping[str, Load], repeats: int) -> dict[str, Any]:
+    return {"repeats": repeats, "prompts": GROUPS, "responses_per_prompt": GROUP_SIZE, "prompt_tokens": PROMPT_TOKENS,
+            "seed": SEED, "core_that_samples": CORE, "core_of_the_rest": OTHER_CORE,
+            "loads": {name: {"vocab_size": load.vocab_size, "max_new_tokens": load.max_new_tokens,
+                             "end_probability": load.end_probability} for name, load in loads.items()}}
 
 
 def main() -> int:
@@ -135,13 +172,16 @@ def main() -> int:
     if (os.cpu_count() or 1) < 2:
         sys.exit("rollout: needs two cores")
     progress = Progress()
-    loads = SHORT_LOADS if options.short else {options.only: LOADS[options.only]} if options.only else LOADS
-    measured = {name: measure(name, load, options.repeats, progress) for name, load in loads.items()}
-    text = json.dumps(result := report(measured, options))
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    return 0 if result["ok"] else 1
+    repeats = options.repeats or REPEATS[options.size]
+    loads = loads_of(options)
+    measured: dict[str, dict[str, Any]] = {}
+    for name, load in loads.items():
+        done = len(measured)
+        eta = f"; about {progress.seconds / done * (len(loads) - done) / 60:.0f} minutes left" if done else ""
+        progress.say(f"{name}: starting {', '.join(KINDS)}{eta}")
+        measured[name] = measure(name, load, repeats, progress)
+    ratios = [one for name, load in measured.items() for one in ratios_of_load(name, load["tokens_per_second"])]
+    return write_result(make_result("rollout", options.size, ratios, settings(loads, repeats), measured), options.out)
 
 
 if __name__ == "__main__":
