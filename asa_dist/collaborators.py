@@ -147,7 +147,7 @@ class PeriodicCheckpoints:
 class StepProfiler:
     """Records steps ``first`` to ``last``, counted from 1: ranks and workers, in one profile/trace.json.gz.
 
-    Made before the workers are. A run that goes on after ``first`` was begun records nothing.
+    A run that goes on after ``first`` was begun records nothing.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class StepProfiler:
         self._start_ns = 0
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._placement.rank == 0:
-            begin_recording(self._folder)
+            end_recording(self._folder)  # what a run that was killed has left
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -168,6 +168,8 @@ class StepProfiler:
             self._trace = RankTrace(self._placement.rank, self._placement.device.type == "cuda")
             self._trace.start()
             self._start_ns = time.time_ns()
+            if self._placement.rank == 0:
+                begin_recording(self._folder)
         if self._trace is None:
             yield
             return

@@ -168,6 +168,8 @@ def test_a_config_that_does_not_exist(tmp_path: Path) -> None:
     (["train.stepps=1"], f"asa: {QUICKSTART}: unknown key 'train.stepps'; did you mean 'train.steps'?\n"),
     (["train.steps=0"], f"asa: {QUICKSTART}: train.steps = 0 (override): input should be greater than or equal to 1\n"),
     (["train=3", "--ranks", "2"], "asa: override 'train.ranks=2': there is no 'ranks' below the value 3\n"),
+    (["--profile", "3:2"], f"asa: {QUICKSTART}: metrics.profile_steps = '3:2' (override): write A:B, the first and the "
+     "last step, 1 ≤ A ≤ B, as in 10:13\n"),
     (["--ranks", "2", "seed=-1"], f"asa: {QUICKSTART}: seed = -1 (override): "),  # overrides after options count too
 ])
 def test_wrong_overrides(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -258,13 +260,13 @@ def test_a_folder_of_the_user_stays(tmp_path: Path, capfd: pytest.CaptureFixture
 
 # --- dry run ------------------------------------------------------------------------------------------------------
 def test_dry_run_tells_all_and_does_nothing(tmp_path: Path) -> None:
-    outcome = run(tmp_path, "train", QUICKSTART, "--dry-run", "--ranks", "4", "seed=3")
+    outcome = run(tmp_path, "train", QUICKSTART, "--dry-run", "--ranks", "4", "--profile", "10:13", "seed=3")
     assert outcome.code == 0 and outcome.stderr == ""
     assert outcome.started_nothing and not {"ray", "deepspeed"} & outcome.imported
     assert not list((tmp_path / "cwd").iterdir())
     resolved, _, rest = outcome.stdout.partition("\nparameters\n")
     (tmp_path / "resolved.yaml").write_text(resolved, encoding="utf-8")
-    config = load_config(QUICKSTART, ["train.ranks=4", "seed=3"])
+    config = load_config(QUICKSTART, ["train.ranks=4", "metrics.profile_steps=10:13", "seed=3"])
     assert load_config(tmp_path / "resolved.yaml") == config
 
     arch, vocab_size = config.model.architecture, config.data.tokenizer.train.vocab_size
