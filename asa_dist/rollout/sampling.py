@@ -10,6 +10,7 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -85,8 +86,13 @@ def exponential_noise(key_B: Tensor, position_B: Tensor, vocab_size: int) -> Ten
     """
     stream_B = _mix(key_B + position_B + _GOLDEN)
     word_B4 = torch.stack([stream_B, _mix(stream_B + _GOLDEN)], dim=-1).view(torch.int32)
-    token_V = torch.arange(1, vocab_size + 1, dtype=torch.int32, device=key_B.device).mul_(_GOLDEN_32)
-    return _exponential(*_random_words(word_B4, token_V))
+    return _exponential(*_random_words(word_B4, _token_words(vocab_size, key_B.device)))
+
+
+@functools.lru_cache(maxsize=4)
+def _token_words(vocab_size: int, device: torch.device) -> Tensor:
+    """int32 [V], the same at every step."""
+    return torch.arange(1, vocab_size + 1, dtype=torch.int32, device=device).mul_(_GOLDEN_32)
 
 
 def truncate(logits_BV: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
@@ -127,6 +133,8 @@ def choose_tokens(logits_BV: Tensor, key_B: Tensor, position_B: Tensor, *, tempe
         behaviour_logprob_B: float32 [B], of the token at ``temperature``, before truncation.
     """
     rows = max(1, _CACHED_ELEMENTS // logits_BV.shape[-1]) if logits_BV.device.type == "cpu" else max(1, len(logits_BV))
+    if rows >= len(logits_BV):
+        return _choose(logits_BV, key_B, position_B, temperature, top_p, top_k, min_p)
     chunks = zip(logits_BV.split(rows), key_B.split(rows), position_B.expand_as(key_B).split(rows), strict=True)
     drawn = [_choose(logits_bV, key_b, position_b, temperature, top_p, top_k, min_p)
              for logits_bV, key_b, position_b in chunks]

@@ -122,18 +122,21 @@ class VllmEngine:
 
     def advance(self) -> list[tuple[int, list[tuple[Response, ...]]]]:
         """Until a bundle is finished, or :data:`STEPS_PER_ADVANCE` tokens of each response."""
-        finished: list[tuple[int, list[tuple[Response, ...]]]] = []
+        ended: list[tuple[_Running, Any]] = []
+        finished: list[int] = []
         for _ in range(STEPS_PER_ADVANCE):
-            for running, response in self._responses(self._llm.llm_engine.step()):
+            for output in self._llm.llm_engine.step():  # those that end with this token
+                ended.append((running := self._running.pop(output.request_id), output.outputs[0]))
                 bundle = self._bundles[running.bundle_id]
-                bundle.responses[running.place] = response
-                if len(bundle.responses) == bundle.num_responses:
-                    finished.append((running.bundle_id, bundle.groups(self._sampling.rollout.responses_per_prompt)))
-                    del self._bundles[running.bundle_id]
+                bundle.num_running -= 1
+                if bundle.num_running == 0:
+                    finished.append(running.bundle_id)
             if finished or not self._running:
                 break
+        self._keep_responses(ended)
         _, self._num_waiting = self._llm.llm_engine.engine_core.engine_core.scheduler.get_request_counts()
-        return finished
+        group_size = self._sampling.rollout.responses_per_prompt
+        return [(bundle_id, self._bundles.pop(bundle_id).groups(group_size)) for bundle_id in finished]
 
     def drop(self) -> None:
         self._llm.llm_engine.abort_request([running.internal_id for running in self._running.values()], internal=True)
@@ -170,17 +173,16 @@ class VllmEngine:
         self._num_slots += 1
         return self._num_slots - 1
 
-    def _responses(self, outputs: Sequence[Any]) -> list[tuple[_Running, Response]]:
-        """Those that are finished now; all outputs are."""
-        if not outputs:
-            return []
-        finished = [self._running.pop(output.request_id) for output in outputs]
-        completions = [output.outputs[0] for output in outputs]
-        slots, longest = [running.slot for running in finished], max(len(c.token_ids) for c in completions)
+    def _keep_responses(self, ended: Sequence[tuple[_Running, Any]]) -> None:
+        """In their bundles, with their log-probabilities, whose slots are free then."""
+        if not ended:
+            return
+        slots, longest = [running.slot for running, _ in ended], max(len(found.token_ids) for _, found in ended)
         logprob_RT2 = self._llm.collective_rpc("logprobs_of", args=(slots, longest))[0]  # every worker has them
         self._free_slots += slots
-        return [(running, _response(completion, logprob_T2, running.spans)) for running, completion, logprob_T2 in zip(
-            finished, completions, logprob_RT2, strict=True)]
+        for (running, completion), logprob_T2 in zip(ended, logprob_RT2, strict=True):
+            response = _response(completion, logprob_T2, running.spans)
+            self._bundles[running.bundle_id].responses[running.place] = response
 
 
 def _response(completion: Any, logprob_T2: np.ndarray, spans: Sequence[tuple[int, int]]) -> Response:
@@ -191,11 +193,11 @@ def _response(completion: Any, logprob_T2: np.ndarray, spans: Sequence[tuple[int
 
 @dataclass
 class _Bundle:
-    num_responses: int
+    num_running: int
     responses: dict[int, Response] = field(default_factory=dict)  # finished ones, by place
 
     def groups(self, group_size: int) -> list[tuple[Response, ...]]:
-        in_order = [self.responses[place] for place in range(self.num_responses)]
+        in_order = [self.responses[place] for place in sorted(self.responses)]
         return [tuple(in_order[first:first + group_size]) for first in range(0, len(in_order), group_size)]
 
 

@@ -45,7 +45,8 @@ class CounterSampling(LogitsProcessor):
         self._choose = vllm_config.additional_config[TRUNCATION]
         self._device = device
         self._requests: dict[int, tuple[int, int, list[int]]] = {}  # by row: key, slot, tokens so far (vLLM's own list)
-        self._key_B = self._slot_B = torch.empty(0, dtype=torch.int64, device=device)  # of these requests
+        self._tokens_B: list[list[int]] = []  # of these requests, in their order; below, too
+        self._key_B = self._slot_B = torch.empty(0, dtype=torch.int64, device=device)
         self._logprob_ST2 = torch.empty(0, vllm_config.additional_config[MAX_NEW_TOKENS], 2, device=device)
 
     def is_argmax_invariant(self) -> bool:
@@ -56,17 +57,17 @@ class CounterSampling(LogitsProcessor):
             params.extra_args[KEY], params.extra_args[SLOT], output))
         if batch_update is None or not self._requests:
             return
-        rows = [self._requests[row] for row in range(len(self._requests))]
-        key_and_slot_2B = torch.tensor([[key, slot] for key, slot, _ in rows], dtype=torch.int64).T
-        self._key_B, self._slot_B = key_and_slot_2B.to(self._device)
-        if (num_slots := 1 + max(slot for _, slot, _ in rows)) > len(self._logprob_ST2):
+        keys, slots, tokens = zip(*(self._requests[row] for row in range(len(self._requests))), strict=True)
+        self._tokens_B = [*tokens]
+        self._key_B, self._slot_B = (torch.tensor(of_rows, device=self._device) for of_rows in (keys, slots))
+        if (num_slots := 1 + max(slots)) > len(self._logprob_ST2):
             more_ST2 = self._logprob_ST2.new_empty(2 * num_slots, *self._logprob_ST2.shape[1:])
             more_ST2[:len(self._logprob_ST2)] = self._logprob_ST2
             self._logprob_ST2 = more_ST2
 
     def apply(self, logits: Tensor) -> Tensor:
         """Draws one token per row, from float32 [B, V], in which it then has the largest value."""
-        position_B = torch.tensor([len(self._requests[row][2]) for row in range(len(logits))], device=self._device)
+        position_B = torch.tensor([*map(len, self._tokens_B)], device=self._device)
         token_B, logprob_B, behaviour_B = choose_tokens(logits, self._key_B, position_B, **self._choose)
         # A row whose prompt is not yet read to its end comes again, at the same position.
         self._logprob_ST2[self._slot_B, position_B] = torch.stack([logprob_B, behaviour_B], dim=-1)
