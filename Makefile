@@ -7,7 +7,7 @@ OVERRIDES ?=
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap step rollout clean
+.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap step rollout peers clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,8 +57,12 @@ step: $(INSTALLED)  ## the fused step beside a plain language-model step and bes
 rollout: $(INSTALLED)  ## tokens/s through the rollout worker beside bare vLLM, engines vllm and hf; an idle machine, 20 minutes
 	$(VENV)/bin/python benchmarks/rollout.py --out benchmarks/results/rollout.json
 
+peers: $(INSTALLED)  ## samples/s of a whole step beside TRL's GRPO trainer, on two cores; an idle machine
+	test -x .venv-trl/bin/python || { $(PYTHON) -m venv .venv-trl && .venv-trl/bin/pip install -c constraints.txt trl; }
+	$(VENV)/bin/python benchmarks/peers.py --out benchmarks/results/peers.json
+
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .venv-trl .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find asa_dist kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted install is taken up again.

