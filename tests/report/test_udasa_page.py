@@ -199,7 +199,7 @@ def test_nothing_of_asa_is_shown(tmp_path: Path) -> None:
     shown = page.text.partition("Config")[0]
     for word in ("perplexity", "trust", "β > 0", "ledger", "warm-up, β = 0", "Samples"):
         assert word not in shown, word
-    assert page.data.keys() == {"last_step", "chapters", "marks", "bands", "histograms"}
+    assert page.data.keys() == {"last_step", "chapters", "marks", "step_time", "bands", "histograms"}
 
 
 # --- example pairs ----------------------------------------------------------------------------------------------
