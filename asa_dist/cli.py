@@ -122,6 +122,17 @@ def _show_pairs(run_dir: Path, count: int) -> bool:
     return True
 
 
+def plan_command(options: argparse.Namespace) -> int:
+    from asa_dist.config import load_config
+    from asa_dist.plan.planning import plan
+    from asa_dist.plan.report import as_json, as_text
+
+    config = load_config(options.config, options.overrides)
+    planned = plan(config, options.machine, options.nodes, options.rollout_nodes)
+    print(as_json(planned) if options.json else as_text(planned))
+    return 0 if planned.fits else EXIT_FAILED
+
+
 def submit_command(options: argparse.Namespace) -> int:
     from asa_dist import submit
     from asa_dist.config import load_config
@@ -256,6 +267,7 @@ def doctor_command(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train_command,
     "resume": resume_command,
+    "plan": plan_command,
     "udasa": udasa_command,
     "submit": submit_command,
     "inspect": inspect_command,

@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_options(resume)
     _add_profile(resume)
 
+    _add_plan(commands)
     _add_udasa(commands)
     _add_submit(commands)
 
@@ -48,6 +49,22 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan", help="will it fit, how fast will it be",
+        description="Memory of a rank by part, operations and time of a step, publishing, the balance of trainers and "
+        "rollout workers; by formula, for machines that are not here. Exit code 1 if it does not fit.",
+    )  # fmt: skip
+    plan.add_argument("config", type=Path, help="YAML file, e.g. configs/asa-7b.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override fields of the config")
+    plan.add_argument("--machine", required=True, metavar="NAME", help="A100x8, H100x8, or this: measured now")
+    plan.add_argument("--nodes", type=_bounded(1, 100_000), default=1, metavar="N", help="default: 1")
+    plan.add_argument(
+        "--rollout-nodes", type=_bounded(0, 100_000), default=0, metavar="M", help="so many of them only generate",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
 def _add_udasa(commands: Any) -> None:

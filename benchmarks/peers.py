@@ -1,7 +1,7 @@
 """A whole self-improvement step of ours beside one of TRL's GRPO trainer: samples per second, on the same two cores.
 
     python benchmarks/peers.py --out benchmarks/results/peers.json
-    python benchmarks/peers.py --short                        engine hf alone; within 15 minutes
+    python benchmarks/peers.py --short                        engine hf alone
 
 Both begin with the same four-layer Llama, float32, and go through the same prompts: per step 8 of 16 tokens, 8
 responses to each, 64 tokens long (end-of-text is never sampled), one optimizer step, no KL term. TRL runs in an

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -82,7 +83,8 @@ def corpus(tmp_path: Path) -> Path:
 
 # --- help ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arguments", [
-    ["--help"], ["train", "--help"], ["resume", "--help"], ["inspect", "--help"], ["--version"]])
+    ["--help"], ["train", "--help"], ["resume", "--help"], ["inspect", "--help"], ["plan", "--help"],
+    ["--version"]])
 def test_help_is_light(tmp_path: Path, arguments: list[str]) -> None:
     outcome = run(tmp_path, *arguments)
     assert outcome.code == 0 and outcome.stderr == "" and outcome.is_light
@@ -98,6 +100,7 @@ def test_help_is_light(tmp_path: Path, arguments: list[str]) -> None:
     (["train", TINY, "--ranks", "two"], "invalid int value: 'two'"),
     (["resume"], "the following arguments are required: RUN"),
     (["resume", "run", "--run-dir", "other"], "unrecognized arguments: --run-dir"),
+    (["plan", TINY], "the following arguments are required: --machine"),
     (["inspect", "run", "seed=3"], "unrecognized arguments: seed=3"),
 ])
 def test_wrong_usage(tmp_path: Path, arguments: list[str | Path], message: str) -> None:
@@ -256,6 +259,36 @@ def test_a_folder_of_the_user_stays(tmp_path: Path, capfd: pytest.CaptureFixture
     assert main(["train", str(TINY), f"data.sources.0.path={empty}", "--run-dir", str(run_dir)]) == 2
     assert "no document in it" in capfd.readouterr().err
     assert [path.name for path in run_dir.iterdir()] == ["notes"]
+
+
+# --- plan ---------------------------------------------------------------------------------------------------------
+SEVEN_B = ROOT / "configs/asa-7b.yaml"
+
+
+def test_a_plan_is_made_at_once(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "plan", SEVEN_B, "--machine", "H100x8", "--nodes", "8", "--json")
+    assert outcome.code == 0 and outcome.stderr == "" and outcome.is_light and outcome.started_nothing
+    planned = json.loads(outcome.stdout)
+    assert planned["fits"] and planned["chosen"]["layout"]["num_nodes"] == 8
+    assert planned["parameters"]["psi"] == 6_738_415_616  # as Llama-2-7B
+
+
+def test_a_plan_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "plan", SEVEN_B, "train.zero_stage=0", "--machine", "A100x8")
+    assert outcome.code == 1 and outcome.is_light
+    assert re.match(r"does not fit: [\d.]+ GiB of 74.5 GiB for a rank\ndo this: train.zero_stage=3\n", outcome.stdout)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--machine", "B200x8"], "--machine B200x8: there are A100x8, H100x8, this"),
+    (["--machine", "H100x8", "--nodes", "2", "--rollout-nodes", "2"],
+     "--rollout-nodes 2 of --nodes 2 only generate: none trains"),
+    (["--machine", "this", "--nodes", "2"],
+     "--machine this --nodes 2: what is measured here says nothing about a network"),
+])
+def test_plans_that_cannot_be_made(tmp_path: Path, arguments: list[str], message: str) -> None:
+    outcome = run(tmp_path, "plan", SEVEN_B, *arguments)
+    assert outcome.code == 2 and outcome.stderr == f"asa: {message}\n" and outcome.is_light
 
 
 # --- dry run ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,4 @@
+"""`asa plan`: will a config fit on machines that are not here, and how fast will it be? Arithmetic, no GPU, no torch.
+
+Reading order: shape → flops → memory → machine → step_time → planning → report.
+"""

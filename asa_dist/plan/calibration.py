@@ -1,0 +1,88 @@
+"""Figures of this machine, measured within seconds: matrix products, memory, dispatch, gloo between two processes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from asa_dist.config import Config
+from asa_dist.plan.gloo import measure_gloo
+from asa_dist.plan.machine import ASSUMED, Machine
+from asa_dist.plan.shape import trunk_of, work_of
+from asa_dist.plan.step_time import DECODE_OPS_PER_LAYER
+
+TURNS = 5
+COPIED_BYTES = 2**27
+
+
+def this_machine(config: Config) -> Machine:
+    """As one rank and one worker of this config would find it, with their threads; float32 is measured, or bfloat16.
+
+    Raises:
+        RuntimeError: gloo could not be measured.
+    """
+    import psutil
+    import torch
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(config.train.threads_per_rank)
+    try:
+        rate, bandwidth, op_seconds = _matmul_flops(config), _copy_bytes_per_second(), _op_seconds()
+    finally:
+        torch.set_num_threads(threads_before)
+    hop_seconds, gloo = measure_gloo() if config.num_ranks > 1 else (0.0, bandwidth)
+    assumptions = ASSUMED | dict.fromkeys(
+        ("training_efficiency", "prefill_efficiency", "decode_bandwidth_share", "collective_bandwidth_share",
+         "copy_bandwidth_share"), 1.0)  # fmt: skip
+    host_seconds = DECODE_OPS_PER_LAYER * op_seconds
+    assumptions |= {"overlap": 0.0, "hop_seconds": hop_seconds, "reserved_bytes": 0.0,
+                    "hf_layer_seconds": host_seconds, "vllm_layer_seconds": host_seconds}  # fmt: skip
+    total = psutil.virtual_memory().total
+    share = total / (config.num_ranks + config.rollout.workers)
+    measured = {"matmul_flops": rate, "copy_bytes_per_second": bandwidth, "op_seconds": op_seconds,
+                "gloo_bytes_per_second": gloo, "gloo_hop_seconds": hop_seconds}  # fmt: skip
+    return Machine(
+        "this", config.num_ranks, False, {config.model.dtype: rate}, share,
+        bandwidth, gloo, gloo, bandwidth, total, "measured just now", assumptions, measured)  # fmt: skip
+
+
+def _median_seconds(do: Callable[[], object], turns: int = TURNS) -> float:
+    do()
+    seconds = []
+    for _ in range(turns):
+        started = time.perf_counter()
+        do()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _matmul_flops(config: Config) -> float:
+    """Of a product as large as those of the config's MLP."""
+    import torch
+
+    trunk, tokens = trunk_of(config), work_of(config).tokens
+    dtype = getattr(torch, config.model.dtype)
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(tokens, trunk.hidden_size, generator=generator).to(dtype)
+    right = torch.randn(trunk.hidden_size, trunk.intermediate_size, generator=generator).to(dtype)
+    operations = 2 * tokens * trunk.hidden_size * trunk.intermediate_size
+    repeats = max(1, int(2e8 // operations))
+    return repeats * operations / _median_seconds(lambda: [left @ right for _ in range(repeats)])
+
+
+def _copy_bytes_per_second() -> float:
+    """Read and written."""
+    import torch
+
+    source = torch.ones(COPIED_BYTES // 4)
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / _median_seconds(lambda: target.copy_(source))
+
+
+def _op_seconds() -> float:
+    """Dispatch of one operation on next to nothing."""
+    import torch
+
+    one, times = torch.ones(8), 1000
+    return _median_seconds(lambda: [one + one for _ in range(times)]) / times
