@@ -13,6 +13,7 @@ import torch
 from kernels_cases import OPS
 from kernels_compile import TARGETS, Launch, Resources
 from kernels_problem import Op, sizes_text
+from readme_tables import write_between
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
@@ -135,15 +136,7 @@ it: at these sizes arithmetic takes longer.
 
 def write(readme: Path, text: str, *, only_check: bool) -> bool:
     """Puts ``text`` between the markers; whether it stood there already."""
-    before = readme.read_text(encoding="utf-8")
-    if len(MARKED.findall(before)) != 1:
-        raise ValueError(f"{readme} needs {BEGIN} and {END}, once each, on lines of their own")
-    after = MARKED.sub(lambda _: text, before)
-    if after != before and not only_check:
-        temporary = readme.with_suffix(".tmp")
-        temporary.write_text(after, encoding="utf-8")
-        temporary.replace(readme)
-    return after == before
+    return write_between(readme, "kernels", text, only_check=only_check)
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
