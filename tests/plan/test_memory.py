@@ -15,9 +15,12 @@ TOLERANCE = 0.10
 
 def _bytes_planned(stage: int, dtype: str) -> dict[str, float]:
     config = engine_bytes.planned(stage, 2, dtype)
-    tokenizer = config.data.tokenizer.train
-    assert tokenizer is not None
-    object.__setattr__(tokenizer, "vocab_size", worlds.VOCAB)  # fewer than a config may say
+    tokenizer = config.data.tokenizer
+    assert tokenizer.train is not None
+    # fewer than a config may say; a copy, for a default is one object for all configs
+    train = tokenizer.train.model_copy(update={"vocab_size": worlds.VOCAB})
+    data = config.data.model_copy(update={"tokenizer": tokenizer.model_copy(update={"train": train})})
+    config = config.model_copy(update={"data": data})
     # stages 1 and 2 give their bucket back at the end of a backward
     return model_states(config) | {BUCKET: buffers(config)[BUCKET] if stage == 3 else 0.0}
 
