@@ -7,7 +7,7 @@ OVERRIDES ?=
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap step rollout peers clean
+.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap step publish rollout peers clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ overlap: $(INSTALLED)  ## a step at max_policy_age 0, 1, 2, 4, 8 beside the long
 
 step: $(INSTALLED)  ## the fused step beside a plain language-model step and beside separate passes; an idle machine
 	$(VENV)/bin/python benchmarks/step.py --out benchmarks/results/step.json
+
+publish: $(INSTALLED)  ## how long publishing weights keeps the trainer from training; an idle machine
+	$(VENV)/bin/python benchmarks/publish.py --out benchmarks/results/publish.json
 
 rollout: $(INSTALLED)  ## tokens/s through the rollout worker beside bare vLLM, engines vllm and hf; an idle machine, 20 minutes
 	$(VENV)/bin/python benchmarks/rollout.py --out benchmarks/results/rollout.json

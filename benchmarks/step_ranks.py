@@ -6,7 +6,6 @@ Ranks are processes of this machine, one thread on one core each, that talk by g
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ import torch
 from deepspeed import comm
 from step_case import RANKS, Case
 from step_variants import make_step
-from torch import Tensor, nn
+from torch import Tensor
 
 from asa_dist.runtime.collective_time import COLLECTIVES
 from asa_dist.runtime.engine import Placement, join_process_group
@@ -75,12 +74,6 @@ def matmul_flops_per_second() -> float:
     return 4 * 2 * MATMUL_SIZE**3 / (time.perf_counter() - started)
 
 
-def standing_tensor_bytes() -> int:
-    """Of all tensors that Python holds: weights, moments and buffers, between two steps."""
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def peak_resident_bytes() -> int:
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
@@ -106,8 +99,7 @@ def measure_on_rank(rank: int, port: int, case: Case, variants: Sequence[str], t
             found = one_turn(steps[variant], traffic)
             if turn >= WARM_UP_TURNS:
                 measured[variant].append(found)
-    return {"turns": measured, "peak_bytes_above_start": peak_resident_bytes() - start_bytes,
-            "standing_tensor_bytes": standing_tensor_bytes()}
+    return {"turns": measured, "peak_bytes_above_start": peak_resident_bytes() - start_bytes}
 
 
 def rotated(variants: Sequence[str], turn: int) -> list[str]:
