@@ -20,7 +20,8 @@ tensors and does nothing else. Four ranks on two cores share them. On the slow l
 and everything between processes goes over a loopback of 1 Gbit/s in a network namespace of its own (needs root).
 Extra memory is what a rank has above what it had before (both buffers are there), its own and in Ray's store together.
 
-One JSON line on stdout. Promises: stall ≤ 1.5 of memcpy and ≤ 1/5 of per-parameter's; extra memory ≤ one shard.
+One JSON line on stdout. Promises: stall ≤ 1.5 of memcpy and ≤ 1/5 of per-parameter's; extra memory ≤ one
+shard, and 1 % for pages.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ from publish_case import (
 from results import Ratio, add_sizes, make_result, write_result
 
 ALL_CASES = CASES | SLOW_LINK_CASES | SMOKE_CASES
-TARGET_OF_MEMCPY, TARGET_OF_PER_PARAMETER, TARGET_OF_SHARD = 1.5, 1 / 5, 1.0
-PAGE_SHARE = 0.01  # of a shard: the sampler's own pages and the store's headers
+TARGET_OF_MEMCPY, TARGET_OF_PER_PARAMETER = 1.5, 1 / 5
+TARGET_OF_SHARD = 1.01  # one shard, and pages of the sampler and of the store
 TURNS = {"full": 11, "short": 7, "smoke": 2}
 CASE_SECONDS = 1200.0
 GRACE_SECONDS = 30.0
@@ -152,8 +153,7 @@ def ratios_of_case(name: str, measured: Mapping[str, Any]) -> list[Ratio]:
         ratio_of(measured, f"stall, three in a row, of memcpy: {name}", THREE_AT_ONCE, MEMCPY, times=3),
         ratio_of(measured, f"until served, of per-parameter: {name}", OURS, PER_PARAMETER, "served_seconds"),
         ratio_of(measured, f"until served, of one context: {name}", OURS, ONE_CONTEXT, "served_seconds"),
-        Ratio(f"extra memory, of a shard: {name}", round(max(0.0, extra - PAGE_SHARE), 2), "one shard",
-              target=TARGET_OF_SHARD),
+        Ratio(f"extra memory, of a shard: {name}", round(extra, 3), "one shard", target=TARGET_OF_SHARD),
     ]
     return [explained(ratio, measured) for ratio in found]
 

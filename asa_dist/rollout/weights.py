@@ -99,6 +99,13 @@ class ShardBuffer:
         pinned = torch.cuda.is_available()
         # Zeroed once: what is padding is never written.
         self._slots = [torch.zeros(numel, dtype=self._dtype, pin_memory=pinned) for _ in range(2)]
+        self._places = [list(self._places_in(slot)) for slot in self._slots]
+
+    def _places_in(self, slot: Tensor) -> Iterator[Tensor]:
+        """Of every tensor's piece, without its padding: made once, so that copying is little else than copying."""
+        padded = slot.split([spec.shard_numel for spec in self._tensors])
+        for spec, place in zip(self._tensors, padded, strict=True):
+            yield place[:max(spec.numel - self._rank * spec.shard_numel, 0)]
 
     def copy_in(self, version: int, pieces: Iterable[Tensor]) -> np.ndarray:
         """Copies this rank's pieces; the only moment publishing takes from training.
@@ -115,27 +122,26 @@ class ShardBuffer:
         Raises:
             ValueError: too few or too many pieces, a wrong length or dtype; names the tensor.
         """
-        slot = self._slots[0]
-        start = 0
-        for spec, piece in self._paired(pieces):
-            length = min(max(spec.numel - self._rank * spec.shard_numel, 0), spec.shard_numel)
-            if piece.dtype != self._dtype or piece.dim() != 1 or piece.numel() not in (length, spec.shard_numel):
-                raise ValueError(f"version {version}, rank {self._rank}'s piece of {spec.name}: {piece.dtype} "
-                                 f"{tuple(piece.shape)}, expected {self._dtype} ({length},), or "
-                                 f"({spec.shard_numel},) with padding")
-            slot[start:start + length].copy_(piece[:length], non_blocking=True)
-            start += spec.shard_numel
+        slot, places = self._slots[0], self._places[0]
+        with torch.no_grad():
+            for spec, place, piece in zip(self._tensors, places, self._as_many(pieces), strict=True):
+                numel, length = piece.numel(), place.numel()
+                if piece.dtype != self._dtype or piece.dim() != 1 or numel not in (length, spec.shard_numel):
+                    raise ValueError(f"version {version}, rank {self._rank}'s piece of {spec.name}: {piece.dtype} "
+                                     f"{tuple(piece.shape)}, expected {self._dtype} ({length},), or "
+                                     f"({spec.shard_numel},) with padding")
+                place.copy_(piece if numel == length else piece[:length], non_blocking=True)
         if slot.is_pinned():
             torch.cuda.synchronize()  # the copies were only enqueued
         self._slots.reverse()
+        self._places.reverse()
         return slot.view(torch.uint8).numpy()
 
-    def _paired(self, pieces: Iterable[Tensor]) -> Iterator[tuple[TensorSpec, Tensor]]:
-        count = 0
-        for count, piece in enumerate(pieces, start=1):
-            if count > len(self._tensors):
-                raise ValueError(f"more pieces than the manifest's {len(self._tensors)} tensors")
-            yield self._tensors[count - 1], piece.detach()
-        if count < len(self._tensors):
-            raise ValueError(f"{count} pieces for the manifest's {len(self._tensors)} tensors: "
-                             f"the first one missing is {self._tensors[count].name}")
+    def _as_many(self, pieces: Iterable[Tensor]) -> list[Tensor]:
+        found = list(pieces)
+        if len(found) > len(self._tensors):
+            raise ValueError(f"more pieces than the manifest's {len(self._tensors)} tensors")
+        if len(found) < len(self._tensors):
+            raise ValueError(f"{len(found)} pieces for the manifest's {len(self._tensors)} tensors: "
+                             f"the first one missing is {self._tensors[len(found)].name}")
+        return found

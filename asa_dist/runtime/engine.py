@@ -180,6 +180,9 @@ class TrainEngine:
         self._zero_stage, self._clip_norm = train.zero_stage, optimizer.clip_norm
         # names and shapes before ZeRO-3 empties the parameters
         self.generator_shapes = [(name, tuple(p.shape)) for part, name, p in named_parts(model) if part == PSI]
+        self._parameters: dict[str, list[torch.nn.Parameter]] = {part: [] for part in PARTS}  # found once: it is slow
+        for part, _, parameter in named_parts(model):
+            self._parameters[part].append(parameter)
         groups = parameter_groups(model, optimizer)
         self._part_of_group = [group["part"] for group in groups]
         self._parts = [part for part in PARTS if part in self._part_of_group]
@@ -320,16 +323,15 @@ class TrainEngine:
 
         Stage 3: the partition ZeRO holds anyway. Stages 0–2: the rank's slice of the whole parameter.
         """
-        for owner, _, parameter in named_parts(self.engine.module):
-            if owner != part:
-                continue
-            numel = getattr(parameter, "ds_numel", parameter.numel())
-            size = -(-numel // self.placement.num_ranks)
-            start = self.placement.rank * size
+        rank, num_ranks = self.placement.rank, self.placement.num_ranks
+        for parameter in self._parameters[part]:
             if self._zero_stage == 3:
-                yield parameter.ds_tensor.detach().flatten()[: max(0, numel - start)]  # type: ignore[attr-defined]
+                piece: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                length = max(0, parameter.ds_numel - rank * piece.numel())  # type: ignore[attr-defined]
+                yield piece if length >= piece.numel() else piece[:length]
             else:
-                yield parameter.detach().flatten()[start : start + size]
+                size = -(-parameter.numel() // num_ranks)
+                yield parameter.detach().flatten()[rank * size : (rank + 1) * size]
 
     def close(self) -> None:
         """Gives back what DeepSpeed holds; call once, at the end. The process group stays."""

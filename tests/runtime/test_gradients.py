@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed import comm
 
 from asa_dist.runtime import gradients
 from asa_dist.runtime.gradients import clip_by_part, no_update
@@ -15,9 +17,12 @@ NONE_BAD = torch.zeros((), dtype=torch.float64)
 
 
 @pytest.fixture
-def _alone() -> Iterator[None]:
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(comm.comm, "cdb", None)  # and back again
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)  # it would be compiled
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     yield
     dist.destroy_process_group()
 
@@ -71,7 +76,7 @@ def test_the_sum_travels_on_the_groups_device(monkeypatch: pytest.MonkeyPatch) -
     def all_reduce(totals: torch.Tensor) -> None:
         raise Travelled(totals.device.type, totals.dtype)
 
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(comm, "all_reduce", all_reduce)
     monkeypatch.setattr(gradients, "is_partitioned", lambda optimizer: True)
     parts = ["psi", "phi", "xi"]
     with pytest.raises(Travelled) as travelled:
