@@ -16,7 +16,7 @@ processes (`publish_ranks.py`); before each, 64 MB are swept through the caches,
     one-context gather + broadcast    `GatheredParameters` of all, then rank 0 broadcasts all
 
 Stall: until the slowest rank may write its weights again. Broadcasts go to one process that takes them into warm
-tensors and does nothing else. Four ranks on two cores share them. On the slow link trainer and worker have a Ray each,
+tensors and does nothing else. Four ranks on two cores share them; 500 M are on one rank only: more do not fit into 24 GiB with optimizer. On the slow link trainer and worker have a Ray each,
 and everything between processes goes over a loopback of 1 Gbit/s in a network namespace of its own (needs root).
 Extra memory is what a rank has above what it had before (both buffers are there), its own and in Ray's store together.
 
@@ -175,7 +175,7 @@ def names_of(options: argparse.Namespace) -> list[str]:
     if options.size == "smoke":
         return list(SMOKE_CASES)
     if options.size == "short":
-        return [name for name, case in CASES.items() if case.num_ranks < 4 and not name.startswith("500")] + [SLOW_LINK]
+        return [name for name, case in CASES.items() if case.num_ranks < 4 and name.startswith(("5 ", "50 "))] + [SLOW_LINK]
     return [*CASES, SLOW_LINK]
 
 

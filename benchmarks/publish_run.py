@@ -20,7 +20,7 @@ from publish_case import SEED, Case, served_file
 from asa_dist.config import ModelConfig
 from asa_dist.launcher import free_port
 from asa_dist.rank_ray import object_store_bytes
-from asa_dist.rollout.cluster import RayHandle, connect, disconnect, start_local_ray
+from asa_dist.rollout.cluster import LOOPBACK_SWITCH, connect, disconnect, start_local_ray
 from asa_dist.rollout.engine import Engine, SamplingConfig
 from asa_dist.rollout.worker import build_engine
 
@@ -44,13 +44,14 @@ def build_watched_engine(config_folder: str, model: ModelConfig, sampling: Sampl
 
 
 @contextmanager
-def second_ray(head: RayHandle, store_bytes: int) -> Iterator[None]:
+def second_ray(head_address: str, store_bytes: int) -> Iterator[None]:
     """The worker's host: it has the CPUs, and a store of its own, so that weights go over the network."""
     import ray
 
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={head.address}",
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={head_address}",
                "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f"--object-store-memory={store_bytes}"]
-    process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ | head.environment)
+    # Ray allows it a second host only so; no address but the loopback's could be found in this network
+    process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ | {LOOPBACK_SWITCH: "1"})
     try:
         deadline = time.monotonic() + JOIN_SECONDS
         while not ray.cluster_resources().get("CPU"):
@@ -83,7 +84,7 @@ def run(case: Case, folder: Path, turns: int) -> None:
         connect(ray.address)
         stack.callback(disconnect)
         if is_two_hosts:
-            stack.enter_context(second_ray(ray, store_bytes))
+            stack.enter_context(second_ray(ray.address, store_bytes))
         system = RolloutSystem.start(
             RUN_NAME, str(folder), config.model, SamplingConfig(config.rollout, SEED, case.eos_token_id), 1,
             on_event=lambda event, details: print(event, details, file=sys.stderr),
