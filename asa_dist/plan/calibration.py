@@ -1,7 +1,13 @@
-"""Figures of this machine, measured within seconds: matrix products, memory, dispatch, gloo between two processes."""
+"""Figures of this machine, measured within seconds: matrix products, memory, dispatch, gloo; and a rehearsal.
+
+A config is rehearsed if one and two of its layers fit and are tried within a minute, as the formulas have it; else they
+say what a step takes, from matrix products, memory, dispatch and gloo alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -9,18 +15,21 @@ from collections.abc import Callable
 from asa_dist.config import Config
 from asa_dist.plan.gloo import measure_gloo
 from asa_dist.plan.machine import ASSUMED, Machine
+from asa_dist.plan.memory import rank_memory
+from asa_dist.plan.rehearsal import DEPTHS, ROUNDS, STEPS, WARM_STEPS, rehearse, with_depth
 from asa_dist.plan.shape import trunk_of, work_of
-from asa_dist.plan.step_time import DECODE_OPS_PER_LAYER
+from asa_dist.plan.step_time import DECODE_OPS_PER_LAYER, step_time
 
 TURNS = 5
 COPIED_BYTES = 2**27
+REHEARSAL_SECONDS = 60.0  # beside starting it
 
 
 def this_machine(config: Config) -> Machine:
     """As one rank and one worker of this config would find it, with their threads; float32 is measured, or bfloat16.
 
     Raises:
-        RuntimeError: gloo could not be measured.
+        MeasuringError: gloo could not be measured, or the rehearsal failed.
     """
     import psutil
     import torch
@@ -40,11 +49,25 @@ def this_machine(config: Config) -> Machine:
                     "hf_layer_seconds": host_seconds, "vllm_layer_seconds": host_seconds}  # fmt: skip
     total = psutil.virtual_memory().total
     share = total / (config.num_ranks + config.rollout.workers)
-    measured = {"matmul_flops": rate, "copy_bytes_per_second": bandwidth, "op_seconds": op_seconds,
+    cores = len(os.sched_getaffinity(0))
+    measured = {"cores": cores, "matmul_flops": rate, "copy_bytes_per_second": bandwidth, "op_seconds": op_seconds,
                 "gloo_bytes_per_second": gloo, "gloo_hop_seconds": hop_seconds}  # fmt: skip
-    return Machine(
+    machine = Machine(
         "this", config.num_ranks, False, {config.model.dtype: rate}, share,
         bandwidth, gloo, gloo, bandwidth, total, "measured just now", assumptions, measured)  # fmt: skip
+    if not can_rehearse(config, machine):
+        return machine
+    return dataclasses.replace(machine, measured=measured | rehearse(config))
+
+
+def can_rehearse(config: Config, machine: Machine) -> bool:
+    """Whether it is the kind of run that there can be here, fits, and does not take too long."""
+    if config.train.gpus or config.rollout.gpus_per_worker or config.rollout.engine == "vllm":
+        return False
+    shallow = [with_depth(config, depth) for depth in DEPTHS]
+    needed = sum(rank_memory(one, machine).device_bytes for one in shallow)
+    seconds = ROUNDS * (WARM_STEPS + STEPS) * sum(step_time(one, machine).step for one in shallow)
+    return needed < machine.device_bytes and seconds < REHEARSAL_SECONDS
 
 
 def _median_seconds(do: Callable[[], object], turns: int = TURNS) -> float:

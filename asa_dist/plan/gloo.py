@@ -14,16 +14,26 @@ import tempfile
 import time
 from pathlib import Path
 
+from asa_dist.config_text import ConfigError
+
 GATHERED_BYTES = 2**22
 TURNS = 20
 ANSWER_SECONDS = 120.0
+
+
+class MeasuringError(ConfigError):
+    """This machine cannot be measured: what was tried, what it said, what to do instead."""
+
+    def __init__(self, what: str, said: str) -> None:
+        last = said.strip().splitlines()[-1:] or ["no reason given"]
+        super().__init__(f"--machine this: {what}: {last[0][:500]}; mend it, or name another machine")
 
 
 def measure_gloo() -> tuple[float, float]:
     """(seconds of a hop, bytes per second), by all-gathers.
 
     Raises:
-        RuntimeError: the two processes failed, or did not answer in time.
+        MeasuringError: the two processes failed, or did not answer in time.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", __name__]
@@ -36,13 +46,13 @@ def measure_gloo() -> tuple[float, float]:
         try:
             said, complaint = ranks[0].communicate(timeout=ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"gloo between two processes: no answer within {ANSWER_SECONDS:g} s") from None
+            raise MeasuringError("gloo between two processes", f"no answer within {ANSWER_SECONDS:g} s") from None
         finally:
             for rank in ranks:
                 rank.kill()
                 rank.communicate()
     if ranks[0].returncode:
-        raise RuntimeError(f"gloo between two processes: {complaint[-1000:]}")
+        raise MeasuringError("gloo between two processes", complaint)
     hop_seconds, bytes_per_second = json.loads(said)
     return hop_seconds, bytes_per_second
 

@@ -51,6 +51,11 @@ class Machine:
     assumptions: Mapping[str, float] = field(default_factory=lambda: dict(ASSUMED))
     measured: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def is_rehearsed(self) -> bool:
+        """Whether the config that is planned has been tried here, with fewer layers: ``rehearsal``."""
+        return "layer_compute_seconds" in self.measured
+
     def ring_bytes_per_second(self, num_ranks: int) -> float:
         """Of a ring over all devices: inside one node by its links; else a node's network cards carry its share."""
         slowest = self.link_bytes_per_second

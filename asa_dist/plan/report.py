@@ -68,12 +68,14 @@ def _time(plan: Plan) -> Iterator[str]:
     how = "one after the other" if time.take_turns else "at the same time"
     yield ""
     yield f"one step: {time.step:.3g} s; training and rollouts {how} (policy age {config.rollout.max_policy_age})"
-    for name, seconds in (
-        ("training", time.training), ("  compute", time.compute), ("  collectives, exposed", time.exposed_collectives),
-        ("  optimizer", time.optimizer), ("  publish", time.publish), ("rollouts", time.rollouts),
-        ("ranks wait for rollouts", time.waiting),
-    ):  # fmt: skip
-        yield f"  {name:<36}{seconds:>10.4f} s"
+    parts = [("training", time.training), ("  compute", time.compute), ("  collectives, exposed",
+             time.exposed_collectives), ("  optimizer", time.optimizer), ("  publish", time.publish),
+             ("rollouts", time.rollouts), ("ranks wait for rollouts", time.waiting)]  # fmt: skip
+    for name, seconds in parts:
+        if seconds or name != "  optimizer":  # a rehearsal has it in compute
+            yield f"  {name:<36}{seconds:>10.4f} s"
+    if time.step == time.crowded:
+        yield "  ranks and workers share cores, which the step's work fills"
     yield f"  collectives hidden under compute: {time.hidden_collectives:.4f} s"
 
 
@@ -83,7 +85,9 @@ def _basis(plan: Plan) -> Iterator[str]:
     yield f"figures: {machine.source}"
     if machine.measured:
         yield "measured: " + ", ".join(f"{name} {value:.3g}" for name, value in machine.measured.items())
-        yield "responses as long as they may get; operations per layer are assumed"
+        how = ("seconds are those of a rehearsal with fewer layers, compute and optimizer together"
+               if machine.is_rehearsed else "not rehearsed, so that operations per layer are assumed")
+        yield f"responses as long as they may get; {how}"
         return
     yield "ASSUMED, for nobody knows them without such a machine; responses as long as they may get:"
     yield "  " + ", ".join(f"{name} {machine.assumptions[name]:g}" for name in ASSUMED)

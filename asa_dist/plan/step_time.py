@@ -10,7 +10,10 @@ A collective over N ranks moves S bytes in a ring of N − 1 hops:
     stage 0     per step: all-reduce = reduce-scatter + all-gather
 
 What does not hide under compute is exposed; on CPUs nothing hides, for DeepSpeed's streams are none there.
-Policy age 0, or shared GPUs: rollouts and training take turns, the step is their sum; else it is the longer one.
+Policy age 0, or shared GPUs: rollouts and training take turns, the step is their sum; else it is the longer one, or,
+on a machine with fewer cores than threads, all that its cores have to compute meanwhile.
+
+What was rehearsed on this machine (``rehearsal``) takes the place of compute, optimizer, collectives and rollouts.
 """
 
 from __future__ import annotations
@@ -32,7 +35,11 @@ DECODE_OPS_PER_LAYER = 60
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds."""
+    """Seconds.
+
+    Attributes:
+        crowded: what cores that ranks and workers share need for both at the same time; 0 if each has its own.
+    """
 
     compute: float
     exposed_collectives: float
@@ -41,6 +48,7 @@ class StepTime:
     publish: float
     rollouts: float
     take_turns: bool
+    crowded: float = 0.0
 
     @property
     def training(self) -> float:
@@ -48,35 +56,59 @@ class StepTime:
 
     @property
     def step(self) -> float:
-        return self.training + self.rollouts if self.take_turns else max(self.training, self.rollouts)
+        if self.take_turns:
+            return self.training + self.rollouts
+        return max(self.training, self.rollouts, self.crowded)
 
     @property
     def waiting(self) -> float:
         """Of the ranks, for rollouts."""
-        return self.step - self.training
+        return self.rollouts if self.take_turns else max(0.0, self.rollouts - self.training)
 
 
 def step_time(config: Config, machine: Machine) -> StepTime:
     """Of a step on a machine of whose kind there are enough."""
     trunk, work = trunk_of(config), work_of(config)
+    take_turns = config.rollout.max_policy_age == 0 or config.rollout.placement == "shared"
+    shard = BYTES_OF[config.model.dtype] * trunk.num_parameters / work.num_ranks
+    publish = shard / (machine.host_link_bytes_per_second * machine.assumptions["copy_bandwidth_share"])
+    if machine.is_rehearsed:
+        return _rehearsed(config, machine, publish, take_turns)
     compute = compute_seconds(config, machine, trunk, work)
     collectives = collective_seconds(config, machine, trunk, work)
     hidden = min(collectives, compute * machine.assumptions["overlap"])
-    share = sum(count_parameters(config).values()) / (work.num_ranks if config.train.zero_stage else 1)
-    copied = machine.assumptions["copy_bandwidth_share"]
-    optimizer_rate = machine.memory_bytes_per_second * copied
-    if config.train.offload_optimizer and machine.has_gpus:  # the gradient down, the weights up
-        optimizer_rate = machine.host_link_bytes_per_second * copied * OPTIMIZER_BYTES / 6
-    shard = BYTES_OF[config.model.dtype] * trunk.num_parameters / work.num_ranks
     return StepTime(
         compute=compute,
         exposed_collectives=collectives - hidden,
         hidden_collectives=hidden,
-        optimizer=share * OPTIMIZER_BYTES / optimizer_rate,
-        publish=shard / (machine.host_link_bytes_per_second * copied),
+        optimizer=optimizer_seconds(config, machine, work),
+        publish=publish,
         rollouts=rollout_seconds(config, machine, trunk, work),
-        take_turns=config.rollout.max_policy_age == 0 or config.rollout.placement == "shared",
+        take_turns=take_turns,
     )
+
+
+def _rehearsed(config: Config, machine: Machine, publish: float, take_turns: bool) -> StepTime:
+    """Of this machine; compute includes the optimizer."""
+    compute, collectives, rollouts = (
+        machine.measured[f"other_{part}_seconds"]
+        + config.model.architecture.num_layers * machine.measured[f"layer_{part}_seconds"]
+        for part in ("compute", "collective", "rollout")
+    )
+    threads, cores = config.rollout.workers * config.rollout.threads_per_worker, machine.measured["cores"]
+    rollouts *= max(1.0, threads / cores)
+    training = compute + collectives + publish
+    busy = min(threads, cores) * rollouts + config.num_ranks * config.train.threads_per_rank * training
+    return StepTime(compute, collectives, 0.0, 0.0, publish, rollouts, take_turns, crowded=busy / cores)
+
+
+def optimizer_seconds(config: Config, machine: Machine, work: Work) -> float:
+    share = sum(count_parameters(config).values()) / (work.num_ranks if config.train.zero_stage else 1)
+    copied = machine.assumptions["copy_bandwidth_share"]
+    rate = machine.memory_bytes_per_second * copied
+    if config.train.offload_optimizer and machine.has_gpus:  # the gradient down, the weights up
+        rate = machine.host_link_bytes_per_second * copied * OPTIMIZER_BYTES / 6
+    return share * OPTIMIZER_BYTES / rate
 
 
 def compute_seconds(config: Config, machine: Machine, trunk: Trunk, work: Work) -> float:
