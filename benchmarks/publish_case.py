@@ -9,9 +9,9 @@ from pathlib import Path
 from asa_dist.config import Config, build_config
 
 SEED = 20261123
-OURS, THREE_AT_ONCE, COPY, MEMCPY = "ours", "ours, three in a row", "copy into the buffer", "memcpy"
+OURS, THREE_AT_ONCE, MEMCPY = "ours", "ours, three in a row", "memcpy"
 PER_PARAMETER, ONE_CONTEXT = "per-parameter gather + broadcast", "one-context gather + broadcast"
-WAYS = (OURS, THREE_AT_ONCE, COPY, MEMCPY, PER_PARAMETER, ONE_CONTEXT)
+WAYS = (OURS, THREE_AT_ONCE, MEMCPY, PER_PARAMETER, ONE_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,8 @@ SMOKE_CASES = {"smoke": Case(2, *SIZES["5 M"])}
 def served_file(folder: Path, version: int) -> Path:
     """Written by the worker when it serves a version: the moment, in seconds of time.monotonic."""
     return folder / f"served-{version}"
+
+
+def given_up_file(folder: Path) -> Path:
+    """Written if no worker will serve anything any more: the reason."""
+    return folder / "given-up"

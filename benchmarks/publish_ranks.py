@@ -21,12 +21,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import comm
-from publish_case import COPY, MEMCPY, ONE_CONTEXT, OURS, PER_PARAMETER, THREE_AT_ONCE, WAYS, Case, served_file
+from publish_case import MEMCPY, ONE_CONTEXT, OURS, PER_PARAMETER, THREE_AT_ONCE, WAYS, Case, given_up_file, served_file
 from torch import Tensor
 
 from asa_dist.rollout.client import RolloutClient
 from asa_dist.rollout.cluster import connect, disconnect
-from asa_dist.rollout.weights import DTYPES, ShardBuffer, shard_num_bytes, tensor_specs
+from asa_dist.rollout.weights import DTYPES, shard_num_bytes, tensor_specs
 from asa_dist.runtime.engine import Placement, TrainEngine, join_process_group
 from asa_dist.runtime.model import PSI, build_model, named_parts
 
@@ -76,18 +76,18 @@ class Publisher:
         self._folder, self._placement = folder, placement
         model = build_model(config, case.vocab_size, case.eos_token_id, on_cuda=False)
         self.engine = TrainEngine(model, config.train, config.optimizer, config.model.dtype, placement)
+        self.engine.optimizer.optimizer.state.clear()  # moments, which publishing never touches: room for 500 M
         self._parameters = [p for part, _, p in named_parts(self.engine.engine.module) if part == PSI]
         specs = tensor_specs(self.engine.generator_shapes, placement.num_ranks)
         self.shard_bytes = shard_num_bytes(specs, case.dtype)
         self.client = RolloutClient(run_name, placement.rank, placement.num_ranks, self.engine.generator_shapes,
                                     case.dtype, TIMEOUT_SECONDS)
-        self._buffer = ShardBuffer(specs, case.dtype, placement.rank)
         self._source = torch.ones(self.shard_bytes, dtype=torch.uint8)
         self._target = torch.zeros_like(self._source)
         self._pair = gloo_pair(folder, 0) if placement.rank == 0 else None
         self._version = 0
         self.ways: Mapping[str, Callable[[], Publication]] = {
-            OURS: self._ours, THREE_AT_ONCE: self._three_at_once, COPY: self._copy, MEMCPY: self._memcpy,
+            OURS: self._ours, THREE_AT_ONCE: self._three_at_once, MEMCPY: self._memcpy,
             PER_PARAMETER: self._per_parameter, ONE_CONTEXT: self._one_context}
 
     def close(self) -> None:
@@ -110,14 +110,12 @@ class Publisher:
     def _when_served(self) -> float:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not (served := served_file(self._folder, self._version)).exists():
+            if (given_up := given_up_file(self._folder)).exists():
+                raise RuntimeError(f"version {self._version} will not be served: {given_up.read_text()}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"version {self._version} was not served within {TIMEOUT_SECONDS:g} s")
             time.sleep(POLL_SECONDS)
         return float(served.read_text())
-
-    def _copy(self) -> Publication:
-        self._buffer.copy_in(0, self.engine.generator_shards())
-        return time.monotonic
 
     def _memcpy(self) -> Publication:
         self._target.copy_(self._source)

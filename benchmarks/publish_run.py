@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from publish import ALL_CASES
-from publish_case import SEED, Case, served_file
+from publish_case import SEED, Case, given_up_file, served_file
 
 from asa_dist.config import ModelConfig
 from asa_dist.launcher import free_port
@@ -77,6 +77,12 @@ def run(case: Case, folder: Path, turns: int) -> None:
     trunk.config.save_pretrained(folder)
     shapes = [(name, tuple(parameter.shape)) for name, parameter in trunk.named_parameters()]
     store_bytes = object_store_bytes(trunk.num_parameters(), case.dtype)
+
+    def note(event: str, details: dict[str, Any]) -> None:
+        print(event, details, file=sys.stderr)
+        if event == "worker_given_up":
+            given_up_file(folder).write_text(str(details["reason"]), encoding="utf-8")
+
     is_two_hosts = case.link_bits_per_second is not None
     with ExitStack() as stack:
         ray = stack.enter_context(start_local_ray(0 if is_two_hosts else 1, 0, store_bytes))
@@ -87,7 +93,7 @@ def run(case: Case, folder: Path, turns: int) -> None:
             stack.enter_context(second_ray(ray.address, store_bytes))
         system = RolloutSystem.start(
             RUN_NAME, str(folder), config.model, SamplingConfig(config.rollout, SEED, case.eos_token_id), 1,
-            on_event=lambda event, details: print(event, details, file=sys.stderr),
+            on_event=note,
             stacks_folder=str(folder / "stacks"), build_engine=build_watched_engine)
         stack.callback(system.stop)
         spawn = torch.multiprocessing.get_context("spawn")
