@@ -16,55 +16,38 @@ multiplication and an addition as two; attention costs its whole square, masked 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from asa_dist.config import Config
+from asa_dist.plan import flops, shape
 
 Terms = dict[str, float]  # "what: formula" → FLOPs
 
 
 @dataclass(frozen=True)
-class Trunk:
-    """A Llama-style decoder."""
+class Trunk(shape.Trunk):
+    """A Llama-style decoder and the evaluator's embedding; the formulas of its parts are those of `asa plan`."""
 
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    query_size: int
-    key_size: int
-    vocab_size: int
-    embedding_size: int = 256  # of the evaluator
+    embedding_size: int = 256
 
     @staticmethod
     def of(config: Config, vocab_size: int) -> Trunk:
-        shape = config.model.architecture
-        head_size = shape.hidden_size // shape.num_attention_heads
-        return Trunk(
-            shape.num_layers, shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * head_size,
-            shape.num_key_value_heads * head_size, vocab_size, config.evaluator.embedding_size)
-
-    @property
-    def block_weights(self) -> int:
-        """W, of all layers."""
-        attention = 2 * self.hidden_size * (self.query_size + self.key_size)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
-
-    def blocks(self, num_tokens: float, num_keys: float) -> float:
-        return num_tokens * (2 * self.block_weights + 4 * self.num_layers * self.query_size * num_keys)
-
-    def head(self, num_tokens: float) -> float:
-        return 2 * num_tokens * self.hidden_size * self.vocab_size
+        trunk = shape.trunk_of_shape(config.model.architecture, vocab_size)
+        return Trunk(**asdict(trunk), embedding_size=config.evaluator.embedding_size)
 
     def forward(self, num_sequences: float, length: float) -> float:
-        return self.blocks(num_sequences * length, length)
+        return flops.blocks(self, num_sequences * length, length)
+
+    def head(self, num_tokens: float) -> float:
+        return flops.head(self, num_tokens)
 
     def train(self, num_sequences: float, length: float, num_scored: float, head_passes: int = 4) -> float:
-        return 3 * self.forward(num_sequences, length) + head_passes * self.head(num_scored)
+        return flops.train(self, num_sequences, length, num_scored, head_passes=head_passes)
 
     def generate(self, num_prompts: float, num_answers: float, prompt_tokens: float, new_tokens: float) -> float:
-        prefill = self.blocks(num_prompts * prompt_tokens, prompt_tokens) + self.head(num_prompts)
         decoded = num_answers * (new_tokens - 1)
-        return prefill + self.blocks(decoded, prompt_tokens + new_tokens / 2) + self.head(decoded)
+        return flops.prefill(self, num_prompts, prompt_tokens) + flops.decode(
+            self, decoded, prompt_tokens + new_tokens / 2)
 
 
 @dataclass(frozen=True)

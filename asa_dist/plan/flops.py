@@ -24,9 +24,13 @@ def head(trunk: Trunk, num_tokens: float) -> float:
     return 2 * num_tokens * trunk.hidden_size * trunk.vocab_size
 
 
-def train(trunk: Trunk, num_rows: float, row_tokens: float, num_scored: float, is_recomputed: bool = False) -> float:
+def train(
+    trunk: Trunk, num_rows: float, row_tokens: float, num_scored: float, is_recomputed: bool = False,
+    head_passes: int = 4,
+) -> float:  # fmt: skip
+    """``head_passes``: 3 for who keeps all logits."""
     passes = 4 if is_recomputed else 3
-    return passes * blocks(trunk, num_rows * row_tokens, row_tokens) + 4 * head(trunk, num_scored)
+    return passes * blocks(trunk, num_rows * row_tokens, row_tokens) + head_passes * head(trunk, num_scored)
 
 
 def prefill(trunk: Trunk, num_prompts: float, prompt_tokens: float) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from asa_dist.config_text import ConfigError
 
+INTERFACE = "lo"
 GATHERED_BYTES = 2**22
 TURNS = 20
 ANSWER_SECONDS = 120.0
@@ -40,7 +41,7 @@ def measure_gloo() -> tuple[float, float]:
         ranks = [
             subprocess.Popen([*command, str(rank), str(Path(folder) / "store")], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+                             env=os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE})
             for rank in range(2)
         ]  # fmt: skip
         try:

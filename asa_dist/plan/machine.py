@@ -64,6 +64,9 @@ class Machine:
         return slowest * self.assumptions["collective_bandwidth_share"]
 
 
+# Looked up: peaks (dense), memory, NVLink and PCIe (sheets give the sum of both directions) in NVIDIA's data sheets of
+# A100 (nvidia-1758950-r4) and H100, as glennklockwood.com/garden/processors quotes them; network cards and host memory
+# of an H100 node in docs.nvidia.com/dgx-basepod, "Core Components". Those of an A100 node were not found there.
 MACHINES = {
     machine.name: machine
     for machine in (

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from asa_dist.job_layout import who_is_where
 from asa_dist.plan.machine import ASSUMED
 from asa_dist.plan.planning import Placement, Plan, as_overrides, gib
+from asa_dist.report.planned import PLAN_FILE
+from asa_dist.runtime.checkpoint_files import write_atomically
 
 
 def as_text(plan: Plan) -> str:
@@ -96,6 +99,11 @@ def _basis(plan: Plan) -> Iterator[str]:
 def as_json(plan: Plan) -> str:
     """One object; bytes, seconds, FLOP/s."""
     return json.dumps(_tree(plan), allow_nan=False)
+
+
+def keep_plan(plan: Plan, run_dir: Path) -> None:
+    """In the run folder, where the run's report finds it."""
+    write_atomically(run_dir / PLAN_FILE, as_json(plan) + "\n")
 
 
 def _tree(plan: Plan) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asa_dist.config import Config, ConfigError
+from asa_dist.config import ArchitectureConfig, Config, ConfigError
 
 BYTES_OF = {"float32": 4, "bfloat16": 2}
 META_PARAMETERS = 3 * 5 + 3  # ξ: asa/heads.py, MetaOptimizer
@@ -55,11 +55,14 @@ def trunk_of(config: Config) -> Trunk:
             "made from the config alone. Write the model's sizes into model.architecture, with model.name_or_path=null "
             "data.tokenizer.path=null data.tokenizer.train.vocab_size=N"
         )
-    shape = model.architecture
+    return trunk_of_shape(model.architecture, tokenizer.train.vocab_size)
+
+
+def trunk_of_shape(shape: ArchitectureConfig, vocab_size: int) -> Trunk:
     head_size = shape.hidden_size // shape.num_attention_heads
     return Trunk(
         shape.num_layers, shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * head_size,
-        shape.num_key_value_heads * head_size, tokenizer.train.vocab_size, shape.tie_word_embeddings)  # fmt: skip
+        shape.num_key_value_heads * head_size, vocab_size, shape.tie_word_embeddings)  # fmt: skip
 
 
 def count_parameters(config: Config) -> dict[str, int]:

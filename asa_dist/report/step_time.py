@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from asa_dist.report.curves import rounded
+from asa_dist.report.planned import planned_section
 from asa_dist.report.run_files import RunFiles
 
 MAX_BARS = 100
@@ -68,7 +69,8 @@ def step_time_section(run: RunFiles) -> str:
     return (
         f'<section id="step-time"><h2>Where the time goes</h2>\n<p>{escape(advice(run))}</p>\n'
         '<div id="step-time-chart" class="chart wide"></div>\n<p class="note">Of rank 0, per step; evaluation, '
-        f"reference and checkpoint lie between steps. Compute is the rest of a step.{on_gpus}</p></section>\n"
+        f"reference and checkpoint lie between steps. Compute is the rest of a step.{on_gpus}</p>\n"
+        f"{planned_section(run)}</section>\n"
     )
 
 

@@ -1,56 +1,14 @@
-"""What the ranks of test_memory.py run: the bytes that a live engine holds; it walks DeepSpeed's own tensors."""
+"""What the ranks of test_memory.py run: the bytes that a live engine holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable
 
-from torch import Tensor
+from planner_bytes import held_bytes
 
 from asa_dist.config import Config
-from asa_dist.plan.memory import MODEL_STATES
 from asa_dist.runtime.engine import Placement, TrainEngine
 from tests.distributed import tiny
-
-BUCKET = "reduce bucket"
-WEIGHTS, MASTERS, MOMENTS, GRADIENTS = MODEL_STATES
-
-
-def held_bytes(engine: TrainEngine) -> dict[str, int]:
-    """By part, of this rank; every storage counts once, for the first part that has it.
-
-    Gradients are there between backward and step, moments after the first step.
-    """
-    seen: set[int] = set()
-    return {part: _new_bytes(tensors, seen) for part, tensors in _tensors(engine)}
-
-
-def _new_bytes(tensors: Iterable[Any], seen: set[int]) -> int:
-    total = 0
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
-    return total
-
-
-def _tensors(engine: TrainEngine) -> Iterator[tuple[str, list[Any]]]:
-    optimizer, innermost = engine.optimizer, engine.engine.basic_optimizer
-    parameters = list(engine.engine.module.parameters())
-    yield WEIGHTS, [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
-    masters = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # stage 3
-    yield MASTERS, masters or [tensor for group in innermost.param_groups for tensor in group["params"]]
-    yield MOMENTS, [tensor for state in innermost.state.values() for name, tensor in state.items() if name != "step"]
-    averaged = getattr(optimizer, "averaged_gradients", None) or {}
-    yield GRADIENTS, [
-        *(parameter.grad for parameter in parameters),
-        getattr(optimizer, "grad_partitions_flat_buffer", None),  # stage 3
-        *getattr(optimizer, "fp32_groups_gradients_flat", ()),  # stage 0 in bfloat16
-        *(tensor for group in averaged.values() if group is not None for tensor in group),
-    ]
-    buckets = getattr(optimizer, "ipg_buckets", None) or {}
-    held = [bucket.buffer for bucket in buckets.values()]
-    yield BUCKET, [tensor for buffer in held for tensor in (buffer if isinstance(buffer, list) else [buffer])]
 
 
 def peak_bytes(engine: TrainEngine, step_without_update: Callable[[], None]) -> dict[str, int]:

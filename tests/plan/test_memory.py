@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from planner_bytes import BUCKET
 
 from asa_dist.plan.memory import MODEL_STATES, buffers, model_states
 from tests.asa import worlds
 from tests.distributed.ranks import run_on_ranks
 from tests.plan import engine_bytes
-from tests.plan.engine_bytes import BUCKET
 
 TOLERANCE = 0.10
 

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from asa_dist.cli import main
 from asa_dist.config import Config, ConfigError, load_config
 from asa_dist.plan import flops
+from asa_dist.plan.calibration import can_rehearse
 from asa_dist.plan.machine import ASSUMED, MACHINES, Machine
 from asa_dist.plan.memory import model_states, rank_memory
 from asa_dist.plan.planning import as_overrides, changed, plan, plan_on
 from asa_dist.plan.report import as_json, as_text
 from asa_dist.plan.shape import Trunk, count_parameters, trunk_of, work_of
 from asa_dist.plan.step_time import collective_seconds, rollout_seconds, step_time
+from asa_dist.runtime.stopping import EXIT_BAD_CONFIG
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LARGE, SMALL = CONFIGS / "asa-7b.yaml", CONFIGS / "quickstart.yaml"
@@ -187,7 +190,59 @@ def test_a_plan_imports_nothing_heavy() -> None:
     assert run.returncode == 0, run.stderr
 
 
+# --- this machine ------------------------------------------------------------------------------------------------
+LAYER = {"layer_compute_seconds": 0.1, "other_compute_seconds": 0.2, "layer_collective_seconds": 0.01,
+         "other_collective_seconds": 0.02, "layer_rollout_seconds": 0.05, "other_rollout_seconds": 0.1}  # fmt: skip
+
+
+def rehearsed(cores: float, **changes: float) -> Machine:
+    return Machine("this", 2, False, {"float32": 1e11}, 8e9, 1e10, 1e9, 1e9, 1e10, 24e9, "made up",
+                   ASSUMED | {"copy_bandwidth_share": 1.0}, {"cores": cores, **LAYER, **changes})  # fmt: skip
+
+
+def test_what_was_rehearsed_grows_with_every_layer() -> None:
+    config = config_of(SMALL, "rollout.max_policy_age=0")  # 4 layers
+    time = step_time(config, rehearsed(3))
+    assert (time.compute, time.exposed_collectives, time.rollouts) == pytest.approx((0.6, 0.06, 0.3))
+    assert time.step == pytest.approx(0.96 + time.publish) and time.waiting == pytest.approx(0.3)
+    deeper = step_time(config_of(SMALL, "model.architecture.num_layers=9", "rollout.max_policy_age=0"), rehearsed(3))
+    assert deeper.compute - time.compute == pytest.approx(5 * 0.1)
+
+
+@pytest.mark.parametrize(("cores", "step"), [(3, 0.66), (2, 0.66 + 0.3 / 2), (1, 2 * 0.66 + 0.3)])
+def test_ranks_and_workers_share_the_cores_that_there_are(cores: int, step: float) -> None:
+    time = step_time(config_of(SMALL), rehearsed(cores))  # two ranks and a worker, at the same time
+    assert time.step == pytest.approx(step, abs=0.002) and time.waiting == 0
+
+
+def test_more_workers_than_cores_take_turns() -> None:
+    alone, crowd = (step_time(config_of(SMALL, "rollout.max_policy_age=0", f"rollout.workers={workers}"), rehearsed(2))
+                    for workers in (2, 4))  # fmt: skip
+    assert crowd.rollouts == pytest.approx(2 * alone.rollouts)
+
+
+def test_only_what_is_small_enough_is_rehearsed() -> None:
+    machine = dataclasses.replace(rehearsed(2), measured={"op_seconds": 1e-6})
+    assert can_rehearse(config_of(SMALL), machine)
+    assert not can_rehearse(config_of(SMALL), dataclasses.replace(machine, device_bytes=1e9))
+    assert not can_rehearse(config_of(SMALL), dataclasses.replace(machine, peak_flops={"float32": 1e6}))
+    assert not can_rehearse(config_of(SMALL, "rollout.engine=vllm"), machine)
+
+
+def test_gloo_that_does_not_work_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("asa_dist.plan.gloo.INTERFACE", "none")
+    assert main(["plan", str(SMALL), "--machine", "this"]) == EXIT_BAD_CONFIG
+    said = capsys.readouterr().err
+    assert said.startswith("asa: --machine this: gloo between two processes: ") and said.count("\n") == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_this_machine_is_measured() -> None:
     made = plan(config_of(SMALL), "this")
-    assert made.machine.measured["matmul_flops"] > 1e6 and made.machine.measured["gloo_bytes_per_second"] > 1e5
-    assert "measured: matmul_flops" in as_text(made) and "ASSUMED" not in as_text(made)
+    measured = made.machine.measured
+    assert measured["matmul_flops"] > 1e6 and measured["gloo_bytes_per_second"] > 1e5
+    assert made.machine.is_rehearsed and measured["layer_compute_seconds"] > 0
+    assert "measured: cores" in as_text(made) and "rehearsal" in as_text(made) and "ASSUMED" not in as_text(made)
