@@ -7,7 +7,7 @@ OVERRIDES ?=
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap step publish rollout peers clean
+.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap step planner scaling publish rollout peers clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,13 @@ overlap: $(INSTALLED)  ## a step at max_policy_age 0, 1, 2, 4, 8 beside the long
 
 step: $(INSTALLED)  ## the fused step beside a plain language-model step and beside separate passes; an idle machine
 	$(VENV)/bin/python benchmarks/step.py --out benchmarks/results/step.json
+
+planner: $(INSTALLED)  ## is `asa plan --machine this` right? an idle machine
+	$(VENV)/bin/python benchmarks/planner.py --out benchmarks/results/planner.json
+
+scaling: $(INSTALLED)  ## weak and strong scaling on 1, 2, 4 ranks, simulated to 1,024 GPUs; an idle machine, 10 minutes
+	$(VENV)/bin/python benchmarks/scaling.py --out benchmarks/results/scaling.json
+	$(VENV)/bin/python benchmarks/scaling_picture.py benchmarks/results/scaling.json benchmarks/scaling.svg
 
 publish: $(INSTALLED)  ## how long publishing weights keeps the trainer from training; an idle machine
 	$(VENV)/bin/python benchmarks/publish.py --out benchmarks/results/publish.json

@@ -125,10 +125,17 @@ def _show_pairs(run_dir: Path, count: int) -> bool:
 def plan_command(options: argparse.Namespace) -> int:
     from asa_dist.config import load_config
     from asa_dist.plan.planning import plan
-    from asa_dist.plan.report import as_json, as_text
+    from asa_dist.plan.report import as_json, as_text, keep_plan
 
-    config = load_config(options.config, options.overrides)
+    path = options.target
+    if is_run := path.is_dir():
+        from asa_dist.resume import config_path  # heavier than planning
+
+        path = config_path(path)
+    config = load_config(path, options.overrides)
     planned = plan(config, options.machine, options.nodes, options.rollout_nodes)
+    if is_run and not options.overrides:  # else it is not the run that was planned
+        keep_plan(planned, options.target)
     print(as_json(planned) if options.json else as_text(planned))
     return 0 if planned.fits else EXIT_FAILED
 

@@ -57,7 +57,10 @@ def _add_plan(commands: Any) -> None:
         description="Memory of a rank by part, operations and time of a step, publishing, the balance of trainers and "
         "rollout workers; by formula, for machines that are not here. Exit code 1 if it does not fit.",
     )  # fmt: skip
-    plan.add_argument("config", type=Path, help="YAML file, e.g. configs/asa-7b.yaml")
+    plan.add_argument(
+        "target", type=Path, metavar="CONFIG|RUN", help="YAML file, e.g. configs/asa-7b.yaml; or a run folder, whose "
+        "report then shows the plan beside what was measured",
+    )  # fmt: skip
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override fields of the config")
     plan.add_argument("--machine", required=True, metavar="NAME", help="A100x8, H100x8, or this: measured now")
     plan.add_argument("--nodes", type=_bounded(1, 100_000), default=1, metavar="N", help="default: 1")

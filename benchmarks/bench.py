@@ -70,6 +70,8 @@ BENCHMARKS = {
     "step": Benchmark("step.py", "the fused step against a plain one, and against separate passes", 600.0, 7200.0),
     "overlap": Benchmark("overlap.py", "how much of generating hides behind training?", 600.0, 14400.0),
     "publish": Benchmark("publish.py", "how long publishing weights keeps the trainer from training", 600.0, 7200.0),
+    "planner": Benchmark("planner.py", "is `asa plan --machine this` right?", 900.0, 7200.0),
+    "scaling": Benchmark("scaling.py", "weak and strong scaling here, and simulated to 1,024 GPUs", 600.0, 3600.0),
     "rollout": Benchmark("rollout.py", "tokens/s through the rollout worker of bare vLLM's", 600.0, 3600.0, no_vllm),
     "peers": Benchmark("peers.py", "a whole step beside one of TRL's GRPO trainer", 900.0, 7200.0, no_trl),
 }

@@ -497,3 +497,13 @@ def test_as_many_ranks_as_the_launcher_starts() -> None:
     assert adapt_to_launcher(config, config.num_ranks) is config
     with pytest.raises(ConfigError, match=r"3 ranks that the launcher started: rollout\.prompts_per_step = 4: "):
         adapt_to_launcher(config, 3)
+
+
+def test_a_planned_run_keeps_its_plan(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text((ROOT / "configs/asa-7b.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["plan", str(run), "--machine", "H100x8", "--nodes", "8", "train.steps=7"]) == 0
+    assert not (run / "plan.json").exists(), "with overrides it is another run's plan"
+    assert main(["plan", str(run), "--machine", "H100x8", "--nodes", "8"]) == 0
+    assert json.loads((run / "plan.json").read_text(encoding="utf-8"))["fits"] is True

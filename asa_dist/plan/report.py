@@ -11,8 +11,6 @@ from typing import Any
 from asa_dist.job_layout import who_is_where
 from asa_dist.plan.machine import ASSUMED
 from asa_dist.plan.planning import Placement, Plan, as_overrides, gib
-from asa_dist.report.planned import PLAN_FILE
-from asa_dist.runtime.checkpoint_files import write_atomically
 
 
 def as_text(plan: Plan) -> str:
@@ -103,6 +101,9 @@ def as_json(plan: Plan) -> str:
 
 def keep_plan(plan: Plan, run_dir: Path) -> None:
     """In the run folder, where the run's report finds it."""
+    from asa_dist.report.planned import PLAN_FILE  # both heavier than planning
+    from asa_dist.runtime.checkpoint_files import write_atomically
+
     write_atomically(run_dir / PLAN_FILE, as_json(plan) + "\n")
 
 
