@@ -1,6 +1,7 @@
 """What a rank of `publish.py` does: it publishes in every way in turn, and measures how long it could not train.
 
-A rank holds a real `TrainEngine` under ZeRO-3, with optimizer, on one thread and one core. Ways that broadcast do it to
+A rank holds a real `TrainEngine` under ZeRO-3, with optimizer (but Adam's
+moments), on one thread and one core. Ways that broadcast do it to
 one more process (`receive`), which keeps a whole copy of the weights, as an inference server does.
 """
 
