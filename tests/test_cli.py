@@ -5,14 +5,9 @@ Done well means: a wrong config is refused before anything heavy is imported, wr
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,55 +18,12 @@ from asa_dist.config import ConfigError, load_config
 from asa_dist.launcher import GPU_DRIVER_FILES
 from asa_dist.runtime.run_lock import hold_run_folder
 from asa_dist.train import adapt_to_launcher
+from tests.observed_command import HEAVY, ROOT, run
 from tests.run_folders import flip_a_bit, write_checkpoint, write_run, write_trained
 from tests.runtime.data.corpora import documents
 
-ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests/tiny.yaml"
 QUICKSTART = ROOT / "configs/quickstart.yaml"
-HEAVY = {"torch", "transformers", "deepspeed", "ray", "datasets", "numpy"}
-DEADLINE_SECONDS = 120.0  # for a hang; what is slow shows in what is imported
-# Runs a module as `python -m` does, then reports what was imported and which processes were started.
-OBSERVER = """
-import json, runpy, sys
-report, module, *sys.argv[1:] = sys.argv[1:]
-started = []
-sys.addaudithook(lambda event, details: started.append(str(details[1])) if event == "subprocess.Popen" else None)
-try:
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-finally:
-    with open(report, "w") as file:
-        json.dump({"imported": sorted(sys.modules), "started": started}, file)
-"""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    stdout: str
-    stderr: str
-    imported: set[str]
-    started: list[str]  # command lines
-
-    @property
-    def is_light(self) -> bool:
-        return not HEAVY & self.imported
-
-    @property
-    def started_nothing(self) -> bool:
-        return not any("deepspeed" in command or "asa_dist" in command for command in self.started)
-
-
-def run(folder: Path, *arguments: str | Path, module: str = "asa_dist.cli") -> Outcome:
-    """In an empty folder of its own, ``folder``/cwd."""
-    working, report = folder / "cwd", folder / "report.json"
-    working.mkdir(exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    ended = subprocess.run(
-        [sys.executable, "-c", OBSERVER, report, module, *map(str, arguments)], cwd=working, env=environment, text=True,
-        capture_output=True, timeout=DEADLINE_SECONDS, check=False)
-    seen = json.loads(report.read_text())
-    return Outcome(ended.returncode, ended.stdout, ended.stderr, set(seen["imported"]), seen["started"])
 
 
 @pytest.fixture
@@ -259,36 +211,6 @@ def test_a_folder_of_the_user_stays(tmp_path: Path, capfd: pytest.CaptureFixture
     assert main(["train", str(TINY), f"data.sources.0.path={empty}", "--run-dir", str(run_dir)]) == 2
     assert "no document in it" in capfd.readouterr().err
     assert [path.name for path in run_dir.iterdir()] == ["notes"]
-
-
-# --- plan ---------------------------------------------------------------------------------------------------------
-SEVEN_B = ROOT / "configs/asa-7b.yaml"
-
-
-def test_a_plan_is_made_at_once(tmp_path: Path) -> None:
-    outcome = run(tmp_path, "plan", SEVEN_B, "--machine", "H100x8", "--nodes", "8", "--json")
-    assert outcome.code == 0 and outcome.stderr == "" and outcome.is_light and outcome.started_nothing
-    planned = json.loads(outcome.stdout)
-    assert planned["fits"] and planned["chosen"]["layout"]["num_nodes"] == 8
-    assert planned["parameters"]["psi"] == 6_738_415_616  # as Llama-2-7B
-
-
-def test_a_plan_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
-    outcome = run(tmp_path, "plan", SEVEN_B, "train.zero_stage=0", "--machine", "A100x8")
-    assert outcome.code == 1 and outcome.is_light
-    assert re.match(r"does not fit: [\d.]+ GiB of 74.5 GiB for a rank\ndo this: train.zero_stage=3\n", outcome.stdout)
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--machine", "B200x8"], "--machine B200x8: there are A100x8, H100x8, this"),
-    (["--machine", "H100x8", "--nodes", "2", "--rollout-nodes", "2"],
-     "--rollout-nodes 2 of --nodes 2 only generate: none trains"),
-    (["--machine", "this", "--nodes", "2"],
-     "--machine this --nodes 2: what is measured here says nothing about a network"),
-])
-def test_plans_that_cannot_be_made(tmp_path: Path, arguments: list[str], message: str) -> None:
-    outcome = run(tmp_path, "plan", SEVEN_B, *arguments)
-    assert outcome.code == 2 and outcome.stderr == f"asa: {message}\n" and outcome.is_light
 
 
 # --- dry run ------------------------------------------------------------------------------------------------------
@@ -497,13 +419,3 @@ def test_as_many_ranks_as_the_launcher_starts() -> None:
     assert adapt_to_launcher(config, config.num_ranks) is config
     with pytest.raises(ConfigError, match=r"3 ranks that the launcher started: rollout\.prompts_per_step = 4: "):
         adapt_to_launcher(config, 3)
-
-
-def test_a_planned_run_keeps_its_plan(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text((ROOT / "configs/asa-7b.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    assert main(["plan", str(run), "--machine", "H100x8", "--nodes", "8", "train.steps=7"]) == 0
-    assert not (run / "plan.json").exists(), "with overrides it is another run's plan"
-    assert main(["plan", str(run), "--machine", "H100x8", "--nodes", "8"]) == 0
-    assert json.loads((run / "plan.json").read_text(encoding="utf-8"))["fits"] is True
