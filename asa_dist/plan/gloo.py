@@ -6,28 +6,18 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from asa_dist.config_text import ConfigError
+from asa_dist.plan.measuring_ranks import answer_of_ranks
 
 INTERFACE = "lo"
 GATHERED_BYTES = 2**22
 TURNS = 20
 ANSWER_SECONDS = 120.0
-
-
-class MeasuringError(ConfigError):
-    """This machine cannot be measured: what was tried, what it said, what to do instead."""
-
-    def __init__(self, what: str, said: str) -> None:
-        last = said.strip().splitlines()[-1:] or ["no reason given"]
-        super().__init__(f"--machine this: {what}: {last[0][:500]}; mend it, or name another machine")
 
 
 def measure_gloo() -> tuple[float, float]:
@@ -37,24 +27,9 @@ def measure_gloo() -> tuple[float, float]:
         MeasuringError: the two processes failed, or did not answer in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", __name__]
-        ranks = [
-            subprocess.Popen([*command, str(rank), str(Path(folder) / "store")], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env=os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE})
-            for rank in range(2)
-        ]  # fmt: skip
-        try:
-            said, complaint = ranks[0].communicate(timeout=ANSWER_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise MeasuringError("gloo between two processes", f"no answer within {ANSWER_SECONDS:g} s") from None
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.communicate()
-    if ranks[0].returncode:
-        raise MeasuringError("gloo between two processes", complaint)
-    hop_seconds, bytes_per_second = json.loads(said)
+        hop_seconds, bytes_per_second = answer_of_ranks(
+            "gloo between two processes", __name__, str(Path(folder) / "store"),
+            [{"GLOO_SOCKET_IFNAME": INTERFACE}] * 2, ANSWER_SECONDS)  # fmt: skip
     return hop_seconds, bytes_per_second
 
 

@@ -1,6 +1,6 @@
 """A rehearsal on this machine: the real loop, engine and decoder of a config, with one layer and with three.
 
-    python -m asa_dist.plan.rehearsal CONFIG RANK PORT     a rank; rank 0 prints Seconds as JSON
+    python -m asa_dist.plan.rehearsal RANK CONFIG     a rank; rank 0 prints Seconds as JSON
 
 All ranks train at the same time, as they will, on made-up tokens with every response as long as it may get; then one
 worker's engine generates alone. A step takes the same time more with every layer, so that two depths say what any depth
@@ -14,9 +14,7 @@ No figure is assumed: dispatch, ZeRO's hooks, messages of gloo, Adam and threads
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asa_dist.config import Config, dump_config, load_config
-from asa_dist.plan.gloo import INTERFACE, MeasuringError
+from asa_dist.plan.gloo import INTERFACE
 from asa_dist.plan.made_up import EOS, SEED, made_up_loop, random_tokens
+from asa_dist.plan.measuring_ranks import answer_of_ranks
 from asa_dist.plan.shape import trunk_of, work_of
 
 if TYPE_CHECKING:
@@ -55,23 +54,9 @@ def rehearse(config: Config) -> Seconds:
     with tempfile.TemporaryDirectory() as folder:
         path, port = Path(folder) / "config.yaml", str(free_port())
         path.write_text(dump_config(config), encoding="utf-8")
-        ranks = []
-        try:
-            for rank in range(config.num_ranks):
-                with (Path(folder) / f"{rank}.txt").open("w") as complaints:
-                    ranks.append(subprocess.Popen(
-                        [sys.executable, "-m", __name__, str(path), str(rank), port], stdout=subprocess.PIPE,
-                        stderr=complaints, text=True, env=os.environ | environment(config, rank, port)))  # fmt: skip
-            said, _ = ranks[0].communicate(timeout=ANSWER_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise MeasuringError("the rehearsal", f"no answer within {ANSWER_SECONDS:g} s") from None
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        if ranks[0].returncode:
-            raise MeasuringError("the rehearsal", (Path(folder) / "0.txt").read_text(encoding="utf-8"))
-    found: Seconds = json.loads(said.splitlines()[-1])
+        found: Seconds = answer_of_ranks(
+            "the rehearsal", __name__, str(path), [environment(config, rank, port) for rank in range(config.num_ranks)],
+            ANSWER_SECONDS)  # fmt: skip
     return found
 
 
@@ -173,4 +158,4 @@ def _generate(config: Config) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_rank(load_config(sys.argv[1]), int(sys.argv[2]))), flush=True)
+    print(json.dumps(run_rank(load_config(sys.argv[2]), int(sys.argv[1]))), flush=True)
