@@ -1,14 +1,14 @@
 """Does generating hide behind training? A step at each `max_policy_age`, beside the longer of the two alone.
 
     python benchmarks/overlap.py --out benchmarks/results/overlap.json     ages 0, 1, 2, 4, 8
-    python benchmarks/overlap.py --short                                   ages 0 and 1; within 6 minutes
+    python benchmarks/overlap.py --short                                   ages 0 and 1, not calibrated
     python benchmarks/overlap.py --learning --work runs/overlap --out benchmarks/results/overlap_learning.json
                                                                            what is learnt: overlap_learning.py; hours
 
 One trainer rank on one core; on another one the rollout worker, and everything else of the run: Ray, the coordinator,
-the launcher. Both have as much to do: corpus rows per step are calibrated first. Then one run goes through blocks of
-steps, each a fresh start of `asa resume`, and the ages take turns, so that a machine that gets slower meanwhile slows
-all alike. Learning rates are 0: responses stay as long as they were.
+the launcher. Both have as much to do: corpus rows per step are calibrated first, unless given (--rows). Then one run goes
+through blocks of steps, each a fresh start of `asa resume`, and the ages take turns, so that a machine that gets slower
+meanwhile slows all alike. Learning rates are 0: responses stay as long as they were.
 
 Alone: training with all rollouts at hand, while the worker stands still (once a round); the rollout is what the trainer
 waits for at age 0, when it has nothing else to do.
@@ -72,7 +72,7 @@ class Size:
 
 SIZES = {
     "full": Size((0, 1, 2, 4, 8), 5, 24, 4, 4),
-    "short": Size((0, 1), 2, 16, 4, 2),
+    "short": Size((0, 1), 2, 16, 4, 0),
     "smoke": Size((0, 1), 1, 2, 1, 0, ("data.max_documents=200", "rollout.max_new_tokens=32")),
 }
 Round = dict[int, Block]  # by age

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SETTINGS = (
 )
 SPARE_STEPS = 8  # trained while processes are looked for, and after the last one that counts
 IDLE_SECONDS, IDLE_SHARE = 2.0, 0.06  # a worker that computes less for so long has made all rollouts
-FIRST_ROWS = 4  # of the corpus per step: where calibrating begins
+FIRST_ROWS = 7  # of the corpus per step: what calibrating found on 2 cores of an AMD EPYC, and where it begins
 TRAINER_CORE, WORKER_CORE = 0, 1  # of rank 0; of the worker, and of all else that belongs to the run
 
 
@@ -38,7 +38,7 @@ class Block:
         wall_seconds: from one step of trained.jsonl to the next, seen from outside.
         wait_seconds: of the trainer, for rollouts.
         core_seconds: of each kind of process: "rank 0", "worker", "coordinator", "others".
-        train_alone_seconds: of :func:`train_alone_seconds` in the same round; None: not measured, as for calibrating.
+        train_alone_seconds: of :func:`train_alone_seconds` in the same round; None: not measured.
     """
 
     age: int
@@ -184,7 +184,8 @@ def calibrate(most_runs: int, num_steps: int, warm_steps: int, overrides: Sequen
     while rows not in tried and len(tried) < most_runs:
         with tempfile.TemporaryDirectory(prefix="asa-overlap-") as folder, LiveRun(Path(folder)) as run:
             found = run_block(run, train_command(run, rows, overrides), 0, num_steps, warm_steps)
-        train, rollout = tried[rows] = train_and_rollout_seconds(found)
+            alone = train_alone_seconds(run, ["resume", str(run.run_dir)], num_steps)
+        train, rollout = tried[rows] = train_and_rollout_seconds(replace(found, train_alone_seconds=alone))
         progress.say(f"calibrating: {rows} corpus rows: train {train:.3f} s, rollout {rollout:.3f} s")
         rows = balanced_rows(tried)
     return min(tried, key=lambda rows: abs(tried[rows][0] - tried[rows][1]))
