@@ -53,6 +53,7 @@ from publish_case import (
     SMOKE_CASES,
     THREE_AT_ONCE,
     WAYS,
+    ranks_file,
 )
 from results import Ratio, add_sizes, make_result, write_result
 
@@ -101,7 +102,7 @@ def measure(name: str, turns: int) -> dict[str, Any]:
             end_group(process)
         if code:
             raise subprocess.CalledProcessError(code, command[-4:])
-        ranks = [json.loads((Path(folder) / f"rank-{rank}.json").read_text()) for rank in range(case.num_ranks)]
+        ranks = json.loads(ranks_file(Path(folder)).read_text(encoding="utf-8"))
     return {"case": asdict(case), "tensors": ranks[0]["tensors"], "shard_bytes": ranks[0]["shard_bytes"],
             "turns": of_slowest_rank([rank["turns"] for rank in ranks]),
             "memory": {way: most(rank["memory"][way] for rank in ranks) for way in WAYS}}

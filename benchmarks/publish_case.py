@@ -45,10 +45,6 @@ class Case:
                       "corpus_rows_per_step": self.num_ranks},
         }, "benchmarks/publish.py")
 
-    def core_of_rank(self, rank: int) -> int:
-        cores = sorted(os.sched_getaffinity(0))
-        return cores[rank % len(cores)]
-
     @property
     def other_core(self) -> int:
         """For whoever receives: the last one, which a rank shares if there are as many ranks as cores."""
@@ -68,6 +64,11 @@ SMOKE_CASES = {"smoke": Case(2, *SIZES["5 M"])}
 def served_file(folder: Path, version: int) -> Path:
     """Written by the worker when it serves a version: the moment, in seconds of time.monotonic."""
     return folder / f"served-{version}"
+
+
+def ranks_file(folder: Path) -> Path:
+    """What the ranks measured, at the end."""
+    return folder / "ranks.json"
 
 
 def given_up_file(folder: Path) -> Path:

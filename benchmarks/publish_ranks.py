@@ -1,15 +1,12 @@
 """What a rank of `publish.py` does: it publishes in every way in turn, and measures how long it could not train.
 
-A rank holds a real `TrainEngine` under ZeRO-3, with optimizer (but Adam's
-moments), on one thread and one core. Ways that broadcast do it to
-one more process (`receive`), which keeps a whole copy of the weights, as an inference server does.
+A rank holds a real `TrainEngine` under ZeRO-3, with optimizer (but Adam's moments). Ways that broadcast do it to one
+more process (`receive`), which keeps a whole copy of the weights, as an inference server does.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
-import logging
 import os
 import threading
 import time
@@ -28,7 +25,7 @@ from torch import Tensor
 from asa_dist.rollout.client import RolloutClient
 from asa_dist.rollout.cluster import connect, disconnect
 from asa_dist.rollout.weights import DTYPES, shard_num_bytes, tensor_specs
-from asa_dist.runtime.engine import Placement, TrainEngine, join_process_group
+from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.model import PSI, build_model, named_parts
 
 TIMEOUT_SECONDS = 600.0
@@ -153,16 +150,9 @@ class Publisher:
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
-def measure_on_rank(rank: int, folder: Path, port: int, case: Case, address: str, run_name: str, turns: int) -> None:
-    """Writes this rank's turns of every way, seconds and bytes, to a file of the folder."""
-    os.dup2(2, 1)  # DeepSpeed says much on stdout, which is for the result
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.num_ranks),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.sched_setaffinity(0, {case.core_of_rank(rank)})
-    torch.set_num_threads(1)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    placement = Placement(rank, rank, case.num_ranks, torch.device("cpu"))
-    join_process_group(placement, TIMEOUT_SECONDS)
+def measure_on_rank(placement: Placement, folder: Path, case: Case, address: str, run_name: str,
+                    turns: int) -> dict[str, Any]:
+    """This rank's turns of every way, seconds and bytes."""
     connect(address)
     publisher = Publisher(case, placement, folder, run_name)
     swept = torch.ones(SWEPT_BYTES, dtype=torch.uint8)
@@ -177,10 +167,10 @@ def measure_on_rank(rank: int, folder: Path, port: int, case: Case, address: str
     memory = {way: peak_bytes(publisher.ways[way]) for way in WAYS}
     found = {"turns": found, "memory": memory, "shard_bytes": publisher.shard_bytes,
              "tensors": len(publisher.engine.generator_shapes)}
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     comm.barrier()
     publisher.close()
     disconnect()
+    return found
 
 
 def rotated(turn: int) -> list[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from publish import ALL_CASES
-from publish_case import SEED, Case, given_up_file, served_file
+from local_ranks import run_on_ranks
+from publish import ALL_CASES, CASE_SECONDS
+from publish_case import SEED, Case, given_up_file, ranks_file, served_file
 
 from asa_dist.config import ModelConfig
-from asa_dist.launcher import free_port
 from asa_dist.rank_ray import object_store_bytes
 from asa_dist.rollout.cluster import LOOPBACK_SWITCH, connect, disconnect, start_local_ray
 from asa_dist.rollout.engine import Engine, SamplingConfig
@@ -66,7 +67,7 @@ def second_ray(head_address: str, store_bytes: int) -> Iterator[None]:
 
 def run(case: Case, folder: Path, turns: int) -> None:
     import torch.multiprocessing
-    from publish_ranks import measure_on_rank, receive
+    from publish_ranks import TIMEOUT_SECONDS, receive
 
     from asa_dist.rollout.system import RolloutSystem
     from asa_dist.runtime.trunk import build_trunk
@@ -99,9 +100,10 @@ def run(case: Case, folder: Path, turns: int) -> None:
         spawn = torch.multiprocessing.get_context("spawn")
         receiver = spawn.Process(target=receive, args=(folder, case.other_core, shapes, case.dtype), daemon=True)
         receiver.start()
-        torch.multiprocessing.spawn(
-            measure_on_rank, (folder, free_port(), case, ray.address, RUN_NAME, turns), nprocs=case.num_ranks)
+        of_ranks = run_on_ranks(case.num_ranks, "publish_ranks", (folder, case, ray.address, RUN_NAME, turns),
+                                CASE_SECONDS, TIMEOUT_SECONDS)
         receiver.join()
+    ranks_file(folder).write_text(json.dumps(of_ranks), encoding="utf-8")
 
 
 if __name__ == "__main__":

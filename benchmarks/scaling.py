@@ -23,18 +23,16 @@ one, tiny, 1 and 2 ranks, 8 and 16 GPUs.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from live_run import ROOT, Hang, Progress
+from live_run import ROOT, Progress
+from local_ranks import run_on_ranks
 from results import Ratio, add_sizes, make_result, write_result
 from scaling_case import ONE_RANK, Load, loads_of
 from scaling_machine import read_machine
@@ -42,7 +40,6 @@ from scaling_simulator import at_age, calibrated, predicted_seconds, predicted_s
 from step_case import SEED
 
 from asa_dist.config import Config, ConfigError, load_config
-from asa_dist.launcher import free_port
 from asa_dist.plan.machine import MACHINES, Machine
 
 CONFIG = ROOT / "configs/asa-7b.yaml"
@@ -60,35 +57,10 @@ Round = Mapping[str, Turns]  # by load
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
-def _rank_main(rank: int, folder: Path, port: int, loads: Mapping[str, Load], turns: int) -> None:
-    os.dup2(2, 1)  # DeepSpeed says much on stdout, which is for the result
-    from scaling_ranks import measure_on_rank  # brings DeepSpeed, which only ranks need
-
-    measured = measure_on_rank(rank, port, loads, turns)
-    (folder / f"{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
-
-
 def measure(loads: Mapping[str, Load], turns: int) -> dict[str, list[dict[str, float]]]:
-    """Turns of loads of as many ranks, in fresh processes.
-
-    Raises:
-        Hang: they did not end.
-        torch.multiprocessing.ProcessRaisedException: one of them failed, with its traceback.
-    """
-    import torch.multiprocessing
-
+    """Turns of loads of as many ranks, in fresh processes; ``run_on_ranks`` says what it raises."""
     [num_ranks] = {load.num_ranks for load in loads.values()}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        context = torch.multiprocessing.spawn(
-            _rank_main, (folder, free_port(), loads, turns), nprocs=num_ranks, join=False)
-        deadline = time.monotonic() + GROUP_SECONDS
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                raise Hang(f"scaling: {', '.join(loads)}: {num_ranks} ranks did not end within {GROUP_SECONDS:g} s")
-        of_ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
+    of_ranks = run_on_ranks(num_ranks, "scaling_ranks", (loads, turns), GROUP_SECONDS)
     return {load: [merged(turn) for turn in zip(*(rank[load] for rank in of_ranks), strict=True)] for load in loads}
 
 

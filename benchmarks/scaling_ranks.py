@@ -1,43 +1,28 @@
-"""What a rank of `scaling.py` does: its loads take turns, and each turn says where its time went.
-
-Ranks are processes of this machine, one thread each, that talk by gloo; rank r is pinned to core r modulo the cores.
-"""
+"""What a rank of `scaling.py` does: its loads take turns, and each turn says where its time went."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 from deepspeed import comm
 from scaling_case import Load
 from step_case import EOS, SEED
-from step_ranks import COLLECTIVE_SECONDS, WARM_UP_TURNS, matmul_flops_per_second, rotated
+from step_ranks import WARM_UP_TURNS, matmul_flops_per_second, rotated
 from step_variants import corpus_rows, fused_step, rollout_rows
 
 from asa_dist.asa.objective import GlobalCounts
 from asa_dist.asa.packing import join
-from asa_dist.runtime.engine import Placement, TrainEngine, join_process_group
+from asa_dist.runtime.engine import Placement, TrainEngine
 from asa_dist.runtime.model import build_model
 
 Turn = dict[str, float]
 
 
-def measure_on_rank(rank: int, port: int, loads: Mapping[str, Load], turns: int) -> dict[str, list[Turn]]:
+def measure_on_rank(placement: Placement, loads: Mapping[str, Load], turns: int) -> dict[str, list[Turn]]:
     """Every load's turns, after those to warm up; all loads are of as many ranks."""
-    [num_ranks] = {load.num_ranks for load in loads.values()}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    placement = Placement(rank, rank, num_ranks, torch.device("cpu"))
-    join_process_group(placement, COLLECTIVE_SECONDS)
     steps = {name: make_step(load, placement) for name, load in loads.items()}
     measured: dict[str, list[Turn]] = {name: [] for name in loads}
     for turn in range(WARM_UP_TURNS + turns):

@@ -22,23 +22,18 @@ of unfused in time ≤ 1.10 times the same in operations. With --short these thr
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from efficiency_flops import Trunk
-from live_run import Hang, Progress
+from live_run import Progress
+from local_ranks import run_on_ranks
 from results import Ratio, add_sizes, make_result, write_result
 from step_case import FUSED, GROUP_SIZE, PLAIN, RANKS, SEED, UNFUSED, VARIANTS, WHOLE, Case
-
-from asa_dist.launcher import free_port
 
 TARGET_OF_PLAIN = TARGET_OF_FLOPS = 1.10
 CASE_SECONDS = 600.0
@@ -77,34 +72,9 @@ def passes(case: Case) -> dict[str, dict[str, float]]:
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
-def _rank_main(rank: int, folder: Path, port: int, case: Case, variants: Sequence[str], turns: int) -> None:
-    os.dup2(2, 1)  # DeepSpeed says much on stdout, which is for the result
-    from step_ranks import measure_on_rank  # brings DeepSpeed, which only ranks need
-
-    measured = measure_on_rank(rank, port, case, variants, turns)
-    (folder / f"{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
-
-
 def measure(case: Case, variants: Sequence[str], turns: int) -> list[dict[str, Any]]:
-    """Of every rank: ``measure_on_rank``, in fresh processes.
-
-    Raises:
-        Hang: they did not end.
-        torch.multiprocessing.ProcessRaisedException: one of them failed, with its traceback.
-    """
-    import torch.multiprocessing
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        context = torch.multiprocessing.spawn(
-            _rank_main, (folder, free_port(), case, variants, turns), nprocs=RANKS, join=False)
-        deadline = time.monotonic() + CASE_SECONDS
-        while not context.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                raise Hang(f"step: {case}: two ranks did not end within {CASE_SECONDS:g} s")
-        return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    """Of every rank what `step_ranks.py` found, in fresh processes; ``run_on_ranks`` says what it raises."""
+    return run_on_ranks(RANKS, "step_ranks", (case, variants, turns), CASE_SECONDS)
 
 
 def of_slowest_rank(of_ranks: Sequence[Mapping[str, Any]]) -> Turns:

@@ -1,14 +1,9 @@
-"""What a rank of `step.py` does: it lets variants take turns, and measures time, bytes and memory.
-
-Ranks are processes of this machine, one thread on one core each, that talk by gloo.
-"""
+"""What a rank of `step.py` does: it lets variants take turns, and measures time, bytes and memory."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +17,8 @@ from step_variants import make_step
 from torch import Tensor
 
 from asa_dist.runtime.collective_time import COLLECTIVES
-from asa_dist.runtime.engine import Placement, join_process_group
+from asa_dist.runtime.engine import Placement
 
-COLLECTIVE_SECONDS = 120.0
 MATMUL_SIZE = 768
 WARM_UP_TURNS = 2  # ZeRO-3 knows only after the first in which order parameters are wanted
 
@@ -79,16 +73,8 @@ def peak_resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_on_rank(rank: int, port: int, case: Case, variants: Sequence[str], turns: int) -> dict[str, Any]:
+def measure_on_rank(placement: Placement, case: Case, variants: Sequence[str], turns: int) -> dict[str, Any]:
     """Every variant's turns, after those to warm up; memory means something if there is one variant alone."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    placement = Placement(rank, rank, RANKS, torch.device("cpu"))
-    join_process_group(placement, COLLECTIVE_SECONDS)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     start_bytes = psutil.Process().memory_info().rss
     traffic = CollectiveBytes(comm.comm.cdb)

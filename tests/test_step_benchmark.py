@@ -134,19 +134,11 @@ def test_sizes() -> None:
     assert list(cases_of(parse_arguments(["--only", "ZeRO-2"]))) == ["ZeRO-2"]
 
 
-def on_rank(placement: Any, case: Any) -> dict[str, Any]:
-    """As ``measure_on_rank``, in a process that has joined already."""
-    import step_ranks
-
-    step_ranks.join_process_group = lambda *_: None
-    return measure_on_rank(placement.rank, 0, case, VARIANTS, 3)
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_every_variant_trains(stage: int) -> None:
     """The same rows give another loss after an update only; that of plain text falls."""
-    first, other = run_on_ranks(on_rank, RANKS, replace(SMOKE_CASES["smoke"], zero_stage=stage))
+    first, other = run_on_ranks(measure_on_rank, RANKS, replace(SMOKE_CASES["smoke"], zero_stage=stage), VARIANTS, 3)
     for variant in VARIANTS:
         turns = zip(first["turns"][variant], other["turns"][variant], strict=True)
         losses = [one["loss"] + another["loss"] for one, another in turns]
