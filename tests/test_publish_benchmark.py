@@ -67,5 +67,5 @@ def test_every_way_publishes_on_real_ranks(tmp_path: Path) -> None:
     for way, (turn,) in measured["turns"].items():
         assert min(turn["stall_seconds"], turn["served_seconds"]) > 0, way
         assert way not in OF_OURS or turn["stall_seconds"] <= turn["served_seconds"], way
-    assert measured["memory"][OURS]["shared_bytes"] >= measured["shard_bytes"]  # it does go through Ray's store
+    assert measured["memory"][OURS]["shared_bytes"] >= 0.9 * measured["shard_bytes"]  # it does go through Ray's store
     assert {ratio.name for ratio in ratios_of_case("smoke", measured)} > {"stall, of memcpy: smoke"}
