@@ -6,9 +6,9 @@
                                                                            what is learnt: overlap_learning.py; hours
 
 One trainer rank on one core; on another one the rollout worker, and everything else of the run: Ray, the coordinator,
-the launcher. Both have as much to do: corpus rows per step are calibrated first, unless given (--rows). Then one run goes
-through blocks of steps, each a fresh start of `asa resume`, and the ages take turns, so that a machine that gets slower
-meanwhile slows all alike. Learning rates are 0: responses stay as long as they were.
+the launcher. Both have as much to do: with the full size corpus rows per step are calibrated first, unless given. Then
+one run goes through blocks of steps, each a fresh start of `asa resume`, and the ages take turns, so that a machine
+that gets slower meanwhile slows all alike. Learning rates are 0: responses stay as long as they were.
 
 Alone: training with all rollouts at hand, while the worker stands still (once a round); the rollout is what the trainer
 waits for at age 0, when it has nothing else to do.
@@ -155,7 +155,7 @@ def settings(size: Size, rows: int, overrides: Sequence[str]) -> Mapping[str, An
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the run's config")
-    parser.add_argument("--rows", type=int, help="corpus rows per step; default: calibrated")
+    parser.add_argument("--rows", type=int, help=f"corpus rows per step; default: calibrated, or {FIRST_ROWS}")
     parser.add_argument("--learning", action="store_true", help="instead: truth by step and by second; full size only")
     parser.add_argument("--work", type=Path, help="with --learning: folder for runs; finished ones are not repeated")
     add_sizes(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -67,5 +68,6 @@ def test_every_way_publishes_on_real_ranks(tmp_path: Path) -> None:
     for way, (turn,) in measured["turns"].items():
         assert min(turn["stall_seconds"], turn["served_seconds"]) > 0, way
         assert way not in OF_OURS or turn["stall_seconds"] <= turn["served_seconds"], way
-    assert measured["memory"][OURS]["shared_bytes"] >= 0.9 * measured["shard_bytes"]  # it does go through Ray's store
+    whole_pages = measured["shard_bytes"] - 2 * mmap.PAGESIZE  # the first and the last may hold something else, too
+    assert measured["memory"][OURS]["shared_bytes"] >= whole_pages  # it does go through Ray's store
     assert {ratio.name for ratio in ratios_of_case("smoke", measured)} > {"stall, of memcpy: smoke"}
