@@ -48,15 +48,20 @@ def config_of(shape: dict[str, Any]) -> Config:
 
 
 def counted(work: Callable[[], object]) -> int:
-    """Operations of the matrix products that ``work`` runs, those into existing tensors too."""
-    in_place = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    """Operations of the matrix products that ``work`` runs, those into existing tensors and by oneDNN too."""
+    uncounted = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops,
+                 torch.ops.mkldnn._linear_pointwise: _linear_flops}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         work()
     return counter.get_total_flops()
 
 
 def _product_flops(self_shape: Sequence[int], left: Sequence[int], right: Sequence[int], **options: object) -> int:
     return 2 * int(np.prod(left)) * right[-1]
+
+
+def _linear_flops(left: Sequence[int], right: Sequence[int], *rest: object, **options: object) -> int:
+    return 2 * int(np.prod(left)) * right[0]
 
 
 def count_all(shape: dict[str, Any]) -> dict[str, tuple[int, float]]:

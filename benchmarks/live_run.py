@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,12 @@ class LiveRun(VisibleRun):
 
     Args:
         folder: an existing one, for the run folder and for what the run prints.
+        environment: variables beside this process's own.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         super().__init__(folder / "run")
+        self._environment = environment or {}
         self.output = folder / "output.txt"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -98,7 +100,7 @@ class LiveRun(VisibleRun):
 
     def start(self, *arguments: str) -> None:
         """``asa ARGUMENTS``, out of reach of this terminal's Ctrl-C; its output is appended to ``output``."""
-        environment = os.environ | {RUN_VARIABLE: self.mark}
+        environment = {**os.environ, **self._environment, RUN_VARIABLE: self.mark}
         with self.output.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "asa_dist.cli", *arguments], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,

@@ -157,13 +157,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the run's config")
     parser.add_argument("--rows", type=int, help=f"corpus rows per step; default: calibrated, or {FIRST_ROWS}")
     parser.add_argument("--learning", action="store_true", help="instead: truth by step and by second; full size only")
+    parser.add_argument("--seeds", type=int, choices=range(1, 4), default=3, help="with --learning; default 3")
     parser.add_argument("--work", type=Path, help="with --learning: folder for runs; finished ones are not repeated")
     add_sizes(parser)
     options = parser.parse_intermixed_args(arguments)
     if options.learning and (options.size != "full" or options.rows is not None):
         parser.error("--learning has one size, and its own corpus rows")
-    if options.work is not None and not options.learning:
-        parser.error("--work: only with --learning")
+    if (options.work is not None or options.seeds != 3) and not options.learning:
+        parser.error("--work, --seeds: only with --learning")
     return options
 
 
@@ -174,7 +175,7 @@ def main() -> int:
     if options.learning:
         from overlap_learning import learn
 
-        return learn(options.work, options.overrides, options.out)
+        return learn(options.work, options.seeds, options.overrides, options.out)
     progress, size = Progress(), SIZES[options.size]
     overrides = (*size.overrides, *options.overrides)
     rows = options.rows or FIRST_ROWS

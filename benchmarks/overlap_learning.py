@@ -150,7 +150,7 @@ def ratios_of(curves: Mapping[str, Mapping[int, Curve]]) -> list[Ratio]:
     return found
 
 
-def learn(work: Path | None, overrides: Sequence[str], out: Path | None) -> int:
+def learn(work: Path | None, num_seeds: int, overrides: Sequence[str], out: Path | None) -> int:
     """Every variant, seed by seed; the exit code."""
     import torch
 
@@ -161,7 +161,8 @@ def learn(work: Path | None, overrides: Sequence[str], out: Path | None) -> int:
     curves: dict[str, dict[int, Curve]] = {variant.name: {} for variant in VARIANTS}
     with ExitStack() as stack:
         root = (work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="asa-overlap-")))).absolute()
-        runs = [(variant, seed, variant.run(seed, overrides, root)) for seed in SEEDS for variant in VARIANTS]
+        runs = [(variant, seed, variant.run(seed, overrides, root))
+                for seed in SEEDS[:num_seeds] for variant in VARIANTS]
         for done, (variant, seed, run) in enumerate(runs):
             eta = f"; about {progress.seconds / done * (len(runs) - done) / 60:.0f} minutes left" if done else ""
             progress.say(f"{variant.name}, seed {seed}: run {done + 1} of {len(runs)}{eta}")
@@ -169,7 +170,7 @@ def learn(work: Path | None, overrides: Sequence[str], out: Path | None) -> int:
                 curves[variant.name][seed] = curve_of(run, progress)
             except (ConfigError, Hang, RunFailed) as error:
                 sys.exit(f"overlap: {variant.name}, seed {seed}: {error}")
-    settings = {"config": CONFIG.name, "overrides": list(overrides), "ages": AGES, "seeds": SEEDS,
+    settings = {"config": CONFIG.name, "overrides": list(overrides), "ages": AGES, "seeds": SEEDS[:num_seeds],
                 "world": {name: value for name, value in asdict(WorldConfig()).items() if name != "seed"},
                 "trainer_core": TRAINER_CORE, "core_of_the_rest": WORKER_CORE}
     measured = {name: {str(seed): asdict(curve) for seed, curve in of_variant.items()}

@@ -8,7 +8,8 @@ responses to each, 64 tokens long (end-of-text is never sampled), one optimizer 
 environment of its own (--trl), with two threads and a reward that costs nothing; `peers_trl.py` says how. Ours is
 `asa train` with all that belongs to it: Ray, heads, intrinsic rewards, trust, one corpus row per step (1/65 of the
 tokens; none is not possible). Overlapped, at `max_policy_age` 1, trainer and worker have one thread each; synchronous,
-where they take turns, two each.
+where they take turns, two each. Our float32 products are oneDNN's, TRL's are MKL's, as PyTorch has them: `AVX2 only`
+keeps oneDNN from AVX-512, which MKL does not use on AMD's CPUs, and says what is left of the ratio then.
 
 A block is a start of its own, of which the steps after the first few count, by the clock of this process. The variants
 take turns, every other round backwards, so that a machine that gets slower slows all alike. Memory is what all
@@ -48,11 +49,13 @@ NUM_PROMPTS, NUM_DOCUMENTS, VOCAB_SIZE = 64, 200, 2048
 LEARNING_RATE = 1e-6  # TRL's default; the model stays what it is
 NEVER = -1000.0  # of end-of-text's logit, times 1 / (root mean square of a state)
 SPARE_STEPS = 2  # after the last one that counts: there is something to generate until then
-TRL, PROMISED = "TRL", "overlapped, hf"
-OURS = {
+TRL, PROMISED, WITHOUT_AVX512 = "TRL", "overlapped, hf", "overlapped, hf, AVX2 only"
+OURS: dict[str, dict[str, Any]] = {
     PROMISED: {"engine": "hf", "max_policy_age": 1, "threads": 1},
     "synchronous, hf": {"engine": "hf", "max_policy_age": 0, "threads": 2},
     "overlapped, vllm": {"engine": "vllm", "max_policy_age": 1, "threads": 1},
+    WITHOUT_AVX512: {"engine": "hf", "max_policy_age": 1, "threads": 1,
+                     "environment": {"ONEDNN_MAX_CPU_ISA": "AVX2"}},
 }
 DEFAULT_TRL = ROOT / ".venv-trl/bin/python"
 HOW_TO_INSTALL = "python3 -m venv .venv-trl && .venv-trl/bin/pip install -c constraints.txt trl"
@@ -188,7 +191,8 @@ def run_block(name: str, inputs: Path, size: Size, trl: Path) -> Block:
             run, command = TrlRun(Path(work), trl), [str(case)]
         else:
             case.write_text(json.dumps(our_config(inputs, OURS[name], num_steps)))
-            run, command = LiveRun(Path(work)), ["train", str(case), "--run-dir", str(Path(work) / "run")]
+            run = LiveRun(Path(work), OURS[name].get("environment"))
+            command = ["train", str(case), "--run-dir", str(Path(work) / "run")]
         with run:
             run.start(*command)
             return watch(run, size)

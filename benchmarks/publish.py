@@ -18,7 +18,8 @@ Stall: until the slowest rank may write its weights again. Broadcasts go to one 
 tensors and does nothing else. Four ranks on two cores share them; 500 M are on one rank only: with optimizer more do
 not fit into 24 GiB. On the slow link trainer and worker have a Ray each, and everything between processes goes over a
 loopback of 1 Gbit/s in a network namespace of its own (needs root). Extra memory is what a rank has above what it had
-before (both buffers are there), its own and in Ray's store together.
+before: its own in the last publication, and in Ray's store in the first one, later ones taking the same place. Before
+means with both buffers, a shard each, which it has from its start to its end.
 
 One JSON line on stdout. Promises: stall ≤ 1.5 of memcpy and ≤ 1/5 of per-parameter's; extra memory ≤ one
 shard, and 1 % for pages.

@@ -84,14 +84,15 @@ def _matmul_flops(config: Config) -> float:
     """Of a product as large as those of the config's MLP."""
     import torch
 
+    from asa_kernels.cpu_linear import CpuLinear
+
     trunk, tokens = trunk_of(config), work_of(config).tokens
     dtype = getattr(torch, config.model.dtype)
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randn(tokens, trunk.hidden_size, generator=generator).to(dtype)
-    right = torch.randn(trunk.hidden_size, trunk.intermediate_size, generator=generator).to(dtype)
+    left = torch.randn(tokens, trunk.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer = CpuLinear(trunk.hidden_size, trunk.intermediate_size, bias=False, dtype=dtype).requires_grad_(False)
     operations = 2 * tokens * trunk.hidden_size * trunk.intermediate_size
     repeats = max(1, int(2e8 // operations))
-    return repeats * operations / _median_seconds(lambda: [left @ right for _ in range(repeats)])
+    return repeats * operations / _median_seconds(lambda: [layer(left) for _ in range(repeats)])
 
 
 def _copy_bytes_per_second() -> float:

@@ -23,6 +23,7 @@ from asa_dist.records import Prompt, Response
 from asa_dist.rollout.engine import NO_VERSION, BundleEngine, SamplingConfig, fitting_weights
 from asa_dist.rollout.sampling import choose_tokens, sampling_keys
 from asa_dist.rollout.weights import DTYPES
+from asa_kernels.cpu_linear import use_cpu_linear
 
 
 @dataclass
@@ -63,6 +64,8 @@ class HfEngine(BundleEngine):
                 AutoConfig.from_pretrained(config_folder, trust_remote_code=False), dtype=DTYPES[model.dtype],
                 attn_implementation=model.attention_implementation(device != "cpu"), trust_remote_code=False)
         built.tie_weights()  # which initialisation would have done
+        if self._device.type == "cpu":
+            use_cpu_linear(built)
         self._model = built.to(self._device).eval().requires_grad_(False)
 
     def load(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -97,8 +97,8 @@ class ShardBuffer:
         self._rank = rank
         numel = sum(spec.shard_numel for spec in self._tensors)
         pinned = torch.cuda.is_available()
-        # Zeroed once: what is padding is never written.
-        self._slots = [torch.zeros(numel, dtype=self._dtype, pin_memory=pinned) for _ in range(2)]
+        # Zeroed once: what is padding is never written. And touched now, not within the first publications.
+        self._slots = [torch.empty(numel, dtype=self._dtype, pin_memory=pinned).zero_() for _ in range(2)]
         self._places = [list(self._places_in(slot)) for slot in self._slots]
 
     def _places_in(self, slot: Tensor) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from asa_dist.asa.objective import TokenScores
 from asa_dist.asa.packing import IGNORED, MicroBatch
 from asa_dist.config import ArchitectureConfig, ModelConfig
 from asa_kernels import token_logprob
+from asa_kernels.cpu_linear import use_cpu_linear
 
 PSI = "psi"
 
@@ -224,6 +225,8 @@ def build_trunk(
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # what a model does not take from its config
+    if not on_cuda:
+        use_cpu_linear(lm)
     if config.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return lm

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from asa_kernels.backend import Backend, jit, tl, triton, uses_triton
+from asa_kernels.cpu_linear import product, takes_onednn
 
 IGNORED = -100
 _WEIGHT_BLOCK_ROWS = 4096
@@ -76,9 +77,14 @@ def _weight_blocks(weight_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slic
         yield rows, weight_VH[rows].to(dtype)
 
 
-def _write_logits(logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, temperature: float) -> None:
+def _logits(scratch_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
+    """In ``scratch_CV``, or instead of it."""
+    if takes_onednn(hidden_CH, weight_VH):
+        return product(hidden_CH, weight_VH).div_(temperature)
+    logits_CV = scratch_CV[: len(hidden_CH)]
     for rows, weight_BH in _weight_blocks(weight_VH, hidden_CH.dtype):
         _multiply(logits_CV[:, rows], hidden_CH, weight_BH.T, 1 / temperature, keep=0)
+    return logits_CV
 
 
 # ---- What happens to a chunk's logits, in PyTorch ----
@@ -283,8 +289,7 @@ class _TokenLogprob(torch.autograd.Function):
         score = _triton_forward if on_triton else _torch_forward
         for chunk in _chunks(num_tokens, chunk_tokens):
             hidden_CH = hidden_NH[token_M[chunk]].to(_product_dtype(hidden_NH, weight_VH, on_triton))
-            logits_CV = scratch_CV[: len(hidden_CH)]
-            _write_logits(logits_CV, hidden_CH, weight_VH, temperature)
+            logits_CV = _logits(scratch_CV, hidden_CH, weight_VH, temperature)
             score(logits_CV, target_M[chunk], logprob_M[chunk], entropy_M[chunk], log_normaliser_M[chunk])
 
         # The weight itself, not a copy: ZeRO-3 frees and refills the parameter's data between the two passes.
@@ -309,8 +314,7 @@ class _TokenLogprob(torch.autograd.Function):
         scratch_CV = hidden_NH.new_empty(shape, dtype=torch.float32)
         for chunk in _chunks(len(token_M), ctx.chunk_tokens):
             hidden_CH = hidden_NH[token_M[chunk]].to(dtype)
-            logits_CV = scratch_CV[: len(hidden_CH)]
-            _write_logits(logits_CV, hidden_CH, weight_VH, ctx.temperature)
+            logits_CV = _logits(scratch_CV, hidden_CH, weight_VH, ctx.temperature)
             d_entropy_C = None if d_entropy_M is None else d_entropy_M[chunk]
             given = target_M[chunk], log_normaliser_M[chunk], entropy_M[chunk], d_logprob_M[chunk], d_entropy_C
             d_logits_CV = (
