@@ -202,5 +202,5 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_profile(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--profile", metavar="A:B", help="record steps A to B as a trace: metrics.profile_steps=A:B",
+        "--profile", metavar="A:B", help="method asa: record steps A to B as a trace: metrics.profile_steps=A:B",
     )  # fmt: skip

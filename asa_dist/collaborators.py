@@ -184,7 +184,7 @@ class StepProfiler:
         path, problem = self._folder / "trace.json.gz", ""
         try:
             trace.write(self._part(self._placement.rank))
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk truncates what the profiler writes, silently
             problem = str(error)
         failed = any(self._engine.max_over_ranks([bool(problem)]))
         if self._placement.rank > 0:

@@ -298,9 +298,11 @@ def _rule_intrinsic_weights(config: Config) -> list[Problem]:
 def _rule_profile_steps(config: Config) -> list[Problem]:
     steps = config.metrics.profile_steps
     found = None if steps is None else re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", steps)
-    if steps is None or (found and 1 <= int(found[1]) <= int(found[2])):
-        return []
-    return [("metrics.profile_steps", steps, "write A:B, the first and the last step, 1 ≤ A ≤ B, as in 10:13")]
+    if steps is not None and not (found and 1 <= int(found[1]) <= int(found[2])):
+        return [("metrics.profile_steps", steps, "write A:B, the first and the last step, 1 ≤ A ≤ B, as in 10:13")]
+    if found and int(found[2]) > config.train.steps:
+        return [("metrics.profile_steps", steps, f"the run ends before: train.steps = {config.train.steps}")]
+    return []
 
 
 def _rule_distinct_principles(config: Config) -> list[Problem]:

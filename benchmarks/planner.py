@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from live_run import ROOT, Hang, LiveRun, Progress
+from live_run import HANG_SECONDS, ROOT, Hang, LiveRun, Progress
 from results import Ratio, add_sizes, make_result, write_result
 
 TARGET_STEP, TARGET_BYTES = 0.25, 0.10
@@ -122,7 +122,8 @@ def plan(case: str, size: Size) -> dict[str, Any]:
     command = [sys.executable, "-m", "asa_dist.cli", "plan", str(CONFIG), *overrides_of(case, size),
                "--machine", "this", "--json"]
     said = subprocess.run(  # a session of its own, as a run has: the kernel shares cores by session
-        command, cwd=ROOT, capture_output=True, text=True, check=False, start_new_session=True)
+        command, cwd=ROOT, capture_output=True, text=True, check=False, start_new_session=True,
+        timeout=HANG_SECONDS)
     if said.returncode:
         raise Hang(f"asa plan, {case}: exit code {said.returncode}\n{said.stdout[-1000:]}{said.stderr[-1000:]}")
     found: dict[str, Any] = json.loads(said.stdout)

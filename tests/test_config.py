@@ -301,6 +301,7 @@ RULE_CASES: list[tuple[str, list[str], list[str]]] = [  # rule, overrides of the
     ("profile_steps", ["metrics.profile_steps=0:75"], ["metrics.profile_steps"]),
     ("profile_steps", ["metrics.profile_steps=5"], ["metrics.profile_steps"]),
     ("profile_steps", ["metrics.profile_steps=all"], ["metrics.profile_steps"]),
+    ("profile_steps", ["metrics.profile_steps=3:6", "train.steps=5"], ["metrics.profile_steps"]),
     ("used_by_method", ["udasa.rounds=2"], ["udasa"]),
     ("used_by_method", [*UDASA, "train.steps=5", "objective.beta=0.2"], ["objective", "train.steps"]),
     ("used_by_method", [*UDASA, "data.tokenizer={path: gpt2}"], ["data.tokenizer"]),

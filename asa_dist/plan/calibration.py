@@ -51,7 +51,8 @@ def this_machine(config: Config) -> Machine:
     share = total / (config.num_ranks + config.rollout.workers)
     cores = len(os.sched_getaffinity(0))
     measured = {"cores": cores, "matmul_flops": rate, "copy_bytes_per_second": bandwidth, "op_seconds": op_seconds,
-                "gloo_bytes_per_second": gloo, "gloo_hop_seconds": hop_seconds}  # fmt: skip
+                **({"gloo_bytes_per_second": gloo, "gloo_hop_seconds": hop_seconds} if config.num_ranks > 1 else {}),
+                }  # fmt: skip
     machine = Machine(
         "this", config.num_ranks, False, {config.model.dtype: rate}, share,
         bandwidth, gloo, gloo, bandwidth, total, "measured just now", assumptions, measured)  # fmt: skip
@@ -61,8 +62,10 @@ def this_machine(config: Config) -> Machine:
 
 
 def can_rehearse(config: Config, machine: Machine) -> bool:
-    """Whether it is the kind of run that there can be here, fits, and does not take too long."""
-    if config.train.gpus or config.rollout.gpus_per_worker or config.rollout.engine == "vllm":
+    """Whether its engine can be, it fits, and it does not take too long."""
+    from asa_dist.rollout.engine_choice import chosen_engine
+
+    if chosen_engine(config.rollout) == "vllm":
         return False
     shallow = [with_depth(config, depth) for depth in DEPTHS]
     needed = sum(rank_memory(one, machine).device_bytes for one in shallow)

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from asa_dist.config_text import ConfigError
+
+POLL_SECONDS = 0.05
 
 
 class MeasuringError(ConfigError):
@@ -32,24 +35,37 @@ def answer_of_ranks(
         environments: of each rank, on top of ours.
 
     Raises:
-        MeasuringError: rank 0 failed, or did not answer in time; with its last words.
+        MeasuringError: a rank failed before rank 0 had answered, or that took too long; with its last words.
     """
     with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.txt"
         complaints = [Path(folder) / f"{rank}.txt" for rank in range(len(environments))]
-        ranks: list[subprocess.Popen[str]] = []
+        ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank, environment in enumerate(environments):
-                with complaints[rank].open("w") as stderr:
-                    ranks.append(subprocess.Popen(
-                        [sys.executable, "-m", module, str(rank), argument], env=os.environ | environment, text=True,
-                        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=stderr))  # fmt: skip
-            said, _ = ranks[0].communicate(timeout=timeout_seconds)
-        except subprocess.TimeoutExpired:
+                said = answer if rank == 0 else Path(os.devnull)
+                with complaints[rank].open("wb") as stderr, said.open("wb") as stdout:
+                    ranks.append(subprocess.Popen([sys.executable, "-m", module, str(rank), argument],
+                                                  env=os.environ | environment, stdout=stdout, stderr=stderr))
+            failed = _first_to_fail(ranks, time.monotonic() + timeout_seconds)
+        except TimeoutError:
             raise MeasuringError(what, f"no answer within {timeout_seconds:g} s") from None
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
-        if ranks[0].returncode:
-            raise MeasuringError(what, complaints[0].read_text(encoding="utf-8"))
-    return json.loads(said.splitlines()[-1])
+        if failed is not None:
+            raise MeasuringError(f"{what}: rank {failed}", complaints[failed].read_text(encoding="utf-8"))
+        return json.loads(answer.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def _first_to_fail(ranks: Sequence[subprocess.Popen[bytes]], deadline_seconds: float) -> int | None:
+    """None as soon as rank 0 has ended well. The others would wait for one that failed, in a collective."""
+    while ranks[0].poll() != 0:
+        for rank, process in enumerate(ranks):
+            if process.poll():
+                return rank
+        if time.monotonic() > deadline_seconds:
+            raise TimeoutError
+        time.sleep(POLL_SECONDS)
+    return None

@@ -79,6 +79,9 @@ def plan(config: Config, machine_name: str, num_nodes: int = 1, num_rollout_node
         raise ConfigError(f"--rollout-nodes {num_rollout_nodes} of --nodes {num_nodes} only generate: none trains")
     if machine_name == THIS and num_nodes > 1:
         raise ConfigError(f"--machine this --nodes {num_nodes}: what is measured here says nothing about a network")
+    if machine_name == THIS and (config.train.gpus or config.rollout.gpus_per_worker):
+        raise ConfigError("--machine this measures CPUs; the config asks for GPUs: name a machine that has some, or "
+                          "plan with train.gpus=0 rollout.gpus_per_worker=0")
     machine = this_machine(config) if machine_name == THIS else MACHINES[machine_name]
     return plan_on(config, machine, num_nodes, num_rollout_nodes)
 
@@ -126,7 +129,7 @@ def _workers(config: Config, machine: Machine, num_nodes: int, num_rollout_nodes
 
 
 def _settings(config: Config, layout: JobLayout) -> Settings:
-    """The batch as near to the one asked for as a multiple of the ranks can be."""
+    """The batch that was asked for, rounded up to a multiple of the ranks."""
     rollout, train = config.rollout, config.train
     smallest = min(rollout.prompts_per_step, train.corpus_rows_per_step)
     accumulation = max(1, min(train.accumulation_steps, smallest // layout.num_ranks))

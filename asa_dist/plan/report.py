@@ -11,6 +11,7 @@ from typing import Any
 from asa_dist.job_layout import who_is_where
 from asa_dist.plan.machine import ASSUMED
 from asa_dist.plan.planning import Placement, Plan, as_overrides, gib
+from asa_dist.plan.step_time import DECODE_OPS_PER_LAYER, OPS_PER_LAYER, rollout_flops, training_flops
 
 
 def as_text(plan: Plan) -> str:
@@ -78,6 +79,8 @@ def _time(plan: Plan) -> Iterator[str]:
     if time.step == time.crowded:
         yield "  ranks and workers share cores, which the step's work fills"
     yield f"  collectives hidden under compute: {time.hidden_collectives:.4f} s"
+    yield (f"  matrix products of a step: {training_flops(config) / 1e12:.4g} TFLOP of a rank, "
+           f"{rollout_flops(config) / 1e12:.4g} TFLOP of a worker")  # fmt: skip
 
 
 def _basis(plan: Plan) -> Iterator[str]:
@@ -87,7 +90,9 @@ def _basis(plan: Plan) -> Iterator[str]:
     if machine.measured:
         yield "measured: " + ", ".join(f"{name} {value:.3g}" for name, value in machine.measured.items())
         how = ("seconds are those of a rehearsal with fewer layers, compute and optimizer together"
-               if machine.is_rehearsed else "not rehearsed, so that operations per layer are assumed")
+               if machine.is_rehearsed else
+               f"not rehearsed; operations that a layer dispatches are assumed: {OPS_PER_LAYER} in training, "
+               f"{DECODE_OPS_PER_LAYER} in decoding")  # fmt: skip
         yield f"responses as long as they may get; {how}"
         return
     yield "ASSUMED, for nobody knows them without such a machine; responses as long as they may get:"
@@ -128,4 +133,6 @@ def _placement(placement: Placement) -> dict[str, Any]:
         "bytes_per_worker_device": placement.worker,
         "seconds": asdict(time) | {"training": time.training, "waiting": time.waiting, "step": time.step},
         "tokens_per_second": placement.tokens_per_second,
+        "flops_per_rank": training_flops(placement.config),
+        "flops_per_worker": rollout_flops(placement.config),
     }

@@ -102,6 +102,22 @@ def _rehearsed(config: Config, machine: Machine, publish: float, take_turns: boo
     return StepTime(compute, collectives, 0.0, 0.0, publish, rollouts, take_turns, crowded=busy / cores)
 
 
+def training_flops(config: Config) -> float:
+    """Of a rank's step: forward and backward of all its micro-batches."""
+    work = work_of(config)
+    rows, is_recomputed = work.corpus_rows + work.rollout_rows, config.model.activation_checkpointing
+    of_micro_batch = flops.train(trunk_of(config), rows, work.row_tokens, work.scored_tokens, is_recomputed)
+    return work.micro_batches * of_micro_batch
+
+
+def rollout_flops(config: Config) -> float:
+    """Of a worker's step: it reads its prompts, then decodes token by token."""
+    trunk, work = trunk_of(config), work_of(config)
+    cached = work.prompt_tokens + work.new_tokens / 2
+    reading = flops.prefill(trunk, work.prompts_per_worker, work.prompt_tokens)
+    return reading + work.new_tokens * flops.decode(trunk, work.answers_per_worker, cached)
+
+
 def optimizer_seconds(config: Config, machine: Machine, work: Work) -> float:
     share = sum(count_parameters(config).values()) / (work.num_ranks if config.train.zero_stage else 1)
     copied = machine.assumptions["copy_bandwidth_share"]
@@ -117,15 +133,14 @@ def compute_seconds(config: Config, machine: Machine, trunk: Trunk, work: Work) 
     On GPUs the efficiency stands for everything. On this machine it is the rate of bare matrix products, so that what
     lies between them is added: activations through memory, and the dispatch of every operation.
     """
-    rows = work.corpus_rows + work.rollout_rows
-    is_recomputed = config.model.activation_checkpointing
-    operations = flops.train(trunk, rows, work.row_tokens, work.scored_tokens, is_recomputed)
-    seconds = operations / (machine.peak_flops[config.model.dtype] * machine.assumptions["training_efficiency"])
+    rate = machine.peak_flops[config.model.dtype] * machine.assumptions["training_efficiency"]
+    seconds = training_flops(config) / rate
     if not machine.has_gpus:
         moved = sum(activations(config, trunk, work).values()) + 4 * 3 * work.scored_tokens * trunk.vocab_size
-        seconds += PASSES_OVER_ACTIVATIONS * moved / machine.memory_bytes_per_second
-        seconds += trunk.num_layers * OPS_PER_LAYER * machine.measured["op_seconds"]
-    return work.micro_batches * seconds
+        of_micro_batch = PASSES_OVER_ACTIVATIONS * moved / machine.memory_bytes_per_second
+        of_micro_batch += trunk.num_layers * OPS_PER_LAYER * machine.measured["op_seconds"]
+        seconds += work.micro_batches * of_micro_batch
+    return seconds
 
 
 def collective_seconds(config: Config, machine: Machine, trunk: Trunk, work: Work) -> float:

@@ -45,7 +45,7 @@ def planned_section(run: RunFiles) -> str:
     if not (run.run_dir / PLAN_FILE).exists() or math.isnan(measured[LINES[0]]):
         return ""
     try:
-        machine, seconds = _read_plan(run)
+        machine, seconds, changed = _read_plan(run)
     except (OSError, ValueError, KeyError, TypeError) as error:
         again = f"asa plan {run.run_dir} --machine NAME"
         return f'<p class="note">{escape(f"{PLAN_FILE} cannot be used: {error!r}; write it anew: {again}")}</p>\n'
@@ -54,6 +54,8 @@ def planned_section(run: RunFiles) -> str:
     lines = (f"<tr><td class=key>{escape(line.name)}</td><td class=number>{number(planned[line], 3)}</td>"
              f"<td class=number>{number(measured[line], 3)}</td></tr>" for line in LINES)  # fmt: skip
     said = f"{compared(planned[LINES[0]], measured[LINES[0]])} (asa plan, {where})."
+    if changed:
+        said += f" The plan is not of this run's batch, but of {', '.join(changed)}."
     return f"<p>{escape(said)}</p>{table(('seconds of a step', 'planned', 'measured'), lines)}\n"
 
 
@@ -80,10 +82,11 @@ def _mean(steps: Sequence[int], values: Sequence[float]) -> float:
     return sum(kept) / len(kept) if kept else math.nan
 
 
-def _read_plan(run: RunFiles) -> tuple[str, dict[str, float]]:
-    """(machine, seconds of a step by name). Raises whatever is wrong with the file."""
+def _read_plan(run: RunFiles) -> tuple[str, dict[str, float], list[str]]:
+    """(machine, seconds of a step by name, settings that it changed). Raises whatever is wrong with the file."""
     plan: dict[str, Any] = json.loads((run.run_dir / PLAN_FILE).read_text(encoding="utf-8"))
     seconds = {name: plan["chosen"]["seconds"][name] for line in LINES for name in line.of_plan}
     if strange := [name for name, value in seconds.items() if not is_number(value)]:
         raise ValueError(f"no number: {', '.join(strange)}")
-    return str(plan["machine"]["name"]), seconds
+    changed = [f"{key}={value}" for key, value in plan["chosen"]["settings"].items()]
+    return str(plan["machine"]["name"]), seconds, changed

@@ -34,6 +34,8 @@ def test_a_plan_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
      "--rollout-nodes 2 of --nodes 2 only generate: none trains"),
     (["--machine", "this", "--nodes", "2"],
      "--machine this --nodes 2: what is measured here says nothing about a network"),
+    (["--machine", "this"], "--machine this measures CPUs; the config asks for GPUs: name a machine that has some, or "
+     "plan with train.gpus=0 rollout.gpus_per_worker=0"),
 ])
 def test_plans_that_cannot_be_made(tmp_path: Path, arguments: list[str], message: str) -> None:
     outcome = run(tmp_path, "plan", SEVEN_B, *arguments)

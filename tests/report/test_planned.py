@@ -22,7 +22,7 @@ SECONDS = {"step": 5.0, "compute": 3.0, "optimizer": 0.5, "exposed_collectives":
 
 def planned_run(folder: Path, machine: str = "this", **seconds: Any) -> Path:
     run = timed_run(folder, time__step_seconds=10.0)
-    tree = {"chosen": {"seconds": SECONDS | seconds}, "machine": {"name": machine}}
+    tree = {"chosen": {"seconds": SECONDS | seconds, "settings": {}}, "machine": {"name": machine}}
     (run / PLAN_FILE).write_text(json.dumps(tree), encoding="utf-8")
     return run
 
@@ -57,7 +57,9 @@ def test_what_a_plan_keeps_is_what_the_report_reads(tmp_path: Path) -> None:
     path = timed_run(tmp_path / "run")
     keep_plan(plan(load_config("configs/asa-7b.yaml"), "H100x8", 8), path)
     run = read_run(path)
-    assert "on H100x8" in planned_section(run)
+    said = planned_section(run)
+    assert "on H100x8" in said and "The plan is not of this run&#x27;s batch, but of " in said
+    assert "train.corpus_rows_per_step=168" in said
 
 
 @pytest.mark.parametrize(("planned", "measured", "said"), [
