@@ -77,9 +77,11 @@ def _weight_blocks(weight_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slic
         yield rows, weight_VH[rows].to(dtype)
 
 
-def _logits(scratch_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
+def _logits(
+    scratch_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, temperature: float, on_triton: bool
+) -> Tensor:
     """In ``scratch_CV``, or instead of it."""
-    if takes_onednn(hidden_CH, weight_VH):
+    if not on_triton and takes_onednn(hidden_CH, weight_VH):
         return product(hidden_CH, weight_VH).div_(temperature)
     logits_CV = scratch_CV[: len(hidden_CH)]
     for rows, weight_BH in _weight_blocks(weight_VH, hidden_CH.dtype):
@@ -289,7 +291,7 @@ class _TokenLogprob(torch.autograd.Function):
         score = _triton_forward if on_triton else _torch_forward
         for chunk in _chunks(num_tokens, chunk_tokens):
             hidden_CH = hidden_NH[token_M[chunk]].to(_product_dtype(hidden_NH, weight_VH, on_triton))
-            logits_CV = _logits(scratch_CV, hidden_CH, weight_VH, temperature)
+            logits_CV = _logits(scratch_CV, hidden_CH, weight_VH, temperature, on_triton)
             score(logits_CV, target_M[chunk], logprob_M[chunk], entropy_M[chunk], log_normaliser_M[chunk])
 
         # The weight itself, not a copy: ZeRO-3 frees and refills the parameter's data between the two passes.
@@ -314,7 +316,7 @@ class _TokenLogprob(torch.autograd.Function):
         scratch_CV = hidden_NH.new_empty(shape, dtype=torch.float32)
         for chunk in _chunks(len(token_M), ctx.chunk_tokens):
             hidden_CH = hidden_NH[token_M[chunk]].to(dtype)
-            logits_CV = _logits(scratch_CV, hidden_CH, weight_VH, ctx.temperature)
+            logits_CV = _logits(scratch_CV, hidden_CH, weight_VH, ctx.temperature, ctx.on_triton)
             d_entropy_C = None if d_entropy_M is None else d_entropy_M[chunk]
             given = target_M[chunk], log_normaliser_M[chunk], entropy_M[chunk], d_logprob_M[chunk], d_entropy_C
             d_logits_CV = (
