@@ -10,7 +10,7 @@ first steps, error |planned / measured − 1| of the medians over rounds. Everyt
 bytes that each part of a rank holds (`planner_bytes.py`), once per config: they do not depend on time.
 
 The plan has seen none of these configs: it rehearses one and three layers of whatever it is given, they have more.
-One JSON line on stdout. Promise: the step within 25 %, every part's bytes within 10 %.
+One JSON line on stdout. Promise: the step within 25 %, the bytes of every part that is compared within 10 %.
 """
 
 from __future__ import annotations
