@@ -6,7 +6,8 @@ A question of counting, not of time: how many operations does each method need f
 responses (`efficiency_flops.py`), at the sizes of `configs/asa-*.yaml`? Beside it the paper's own ratio, which stands
 there without batch sizes, tokens or formulas. Nothing is promised about these: they say what follows from the methods.
 
-Promise: each formula is within 10 % of what torch counts on a small model (`efficiency_counted.py`).
+Promise: each formula, and those that `step.py` divides by, is within 10 % of what torch counts on a small model, among
+them `step.py`'s (`efficiency_counted.py`).
 One JSON line on stdout; every formula with its terms on stderr.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -89,33 +90,35 @@ def say_terms(model: str, of_model: Mapping[str, Mapping[str, float]], progress:
         progress.say("\n".join([f"{model}, {method}: {sum(terms.values()):.3g} FLOPs per step", *lines]))
 
 
-def check_formulas(names: Sequence[str], progress: Progress) -> tuple[list[Ratio], dict[str, Any]]:
-    """Deviations of what was counted from the formulas, whichever is larger."""
-    from efficiency_counted import SHAPES, count_all
+def check_formulas(size: str, progress: Progress) -> tuple[list[Ratio], dict[str, Any], dict[str, Any]]:
+    """(deviations of what was counted from the formulas, whichever is larger; both; the models)."""
+    from efficiency_counted import SHAPES, count_shape, count_step
+    from step import EVEN, SHARES, SMOKE_CASES
 
-    ratios, measured = [], {}
-    for name in names:
-        measured[name] = count_all(SHAPES[name])
-        for work, (counted, formula) in measured[name].items():
+    shapes = SHAPES if size == "full" else dict(list(SHAPES.items())[:1])
+    case = SMOKE_CASES["smoke"] if size == "smoke" else SHARES[EVEN]
+    measured: dict[str, dict[str, tuple[int, float]]] = {name: count_shape(shape) for name, shape in shapes.items()}
+    measured["step.py's model"] = count_step(case)
+    ratios = []
+    for name, of_work in measured.items():
+        for work, (counted, formula) in of_work.items():
             deviation = round(max(counted / formula, formula / counted), 4)
             ratios.append(Ratio(f"counted by torch, {work}, {name}", deviation, "the formula's, or the other way round",
                                 target=TARGET_DEVIATION, limit=1.0))
         progress.say(f"{name}: " + ", ".join(f"{work} {counted / formula:.4f}"
-                                             for work, (counted, formula) in measured[name].items()))
-    return ratios, measured
+                                             for work, (counted, formula) in of_work.items()))
+    return ratios, measured, {**shapes, "step.py's model": asdict(case)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser)
     options = parser.parse_args()
-    from efficiency_counted import SHAPES
-
     progress = Progress()
     of_paper, terms = table_2(progress)
-    checked, counted = check_formulas(list(SHAPES) if options.size == "full" else list(SHAPES)[:1], progress)
+    checked, counted, models = check_formulas(options.size, progress)
     settings = {"models": {model: {"trunk": asdict(config_of(model)[0]), "load": asdict(config_of(model)[1])}
-                           for model in MODELS}, "counted": SHAPES}
+                           for model in MODELS}, "counted": models}
     measurements = {"paper_flops": PAPER_FLOPS, "models": terms, "counted_and_formula_flops": counted}
     result = make_result("efficiency", options.size, of_paper + checked, settings, measurements)
     return write_result(result, options.out)

@@ -1,7 +1,8 @@
-"""The formulas of `efficiency_flops.py` beside what torch counts on small models.
+"""The formulas of `efficiency_flops.py` and `step.py` beside what torch counts on small models.
 
-Counted are operations that really run: a `transformers` Llama, our `hf` engine, and our fused step, heads included. The
-sequences fill their rows, so that nothing is padding; attention is taken apart, as torch counts no fused one on a CPU.
+Counted are operations that really run: a `transformers` Llama, our `hf` engine, and our fused step, heads included; and
+all passes of a rank in `step.py`, on its model. The sequences fill their rows, so that nothing is padding; attention is
+taken apart, as torch counts no fused one on a CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from efficiency_flops import Load, Trunk, asa
+from step import passes
+from step_case import EOS, FUSED, PLAIN, UNFUSED, WHOLE, Case
+from step_variants import LanguageModel, PassInputs, RewardModel, corpus_rows, fused_inputs, rollout_rows
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +29,7 @@ from asa_dist.records import Prompt, Response, RolloutGroup
 from asa_dist.rollout.engine import SamplingConfig
 from asa_dist.rollout.hf_engine import HfEngine
 from asa_dist.runtime.model import AsaModel, build_model
+from asa_dist.runtime.trunk import build_trunk
 
 SEED, VOCAB = 5, 512
 PROMPTS, GROUP_SIZE, PROMPT_TOKENS, NEW_TOKENS, CORPUS_ROWS = 4, 4, 24, 40, 12
@@ -64,8 +69,8 @@ def _linear_flops(left: Sequence[int], right: Sequence[int], *rest: object, **op
     return 2 * int(np.prod(left)) * right[0]
 
 
-def count_all(shape: dict[str, Any]) -> dict[str, tuple[int, float]]:
-    """(counted, by formula) of each kind of work."""
+def count_shape(shape: dict[str, Any]) -> dict[str, tuple[int, float]]:
+    """(counted, by formula) of each kind of work in `efficiency_flops.py`."""
     config = config_of(shape)
     trunk, load = Trunk.of(config, VOCAB), Load.of(config)
     model = build_model(config, VOCAB, VOCAB - 1, on_cuda=False)
@@ -134,3 +139,37 @@ def response(random: np.random.Generator) -> Response:
     logprob_T = -random.exponential(2.0, NEW_TOKENS).astype(np.float32)
     token_ids = random.integers(0, VOCAB, NEW_TOKENS).astype(np.int32)
     return Response(token_ids, logprob_T, logprob_T, finished=False, spans=((0, 0),))
+
+
+def count_step(case: Case) -> dict[str, tuple[int, float]]:
+    """(counted, by formula) of each variant of `step.py`, all passes of a rank."""
+    random = np.random.default_rng(SEED)
+    corpus, responses = corpus_rows(case, random), rollout_rows(case, random)
+    both = join(corpus, responses)
+    counts = GlobalCounts(*GlobalCounts.of(both).tolist())
+    advantage_PG = torch.ones(case.rollout_rows, responses.responses.group_size)
+
+    def language_model(has_whole_logits: bool = False) -> LanguageModel:
+        trunk = build_trunk(case.config.model, SEED, case.vocab_size, EOS, case.row_tokens, on_cuda=False)
+        return LanguageModel(trunk, case.config.model.logprob_chunk_tokens, has_whole_logits)
+
+    fused = build_model(case.config, case.vocab_size, EOS, on_cuda=False)
+    plain, whole, policy = language_model(), language_model(has_whole_logits=True), language_model()
+    reward = RewardModel(language_model().lm, case.config.model.logprob_chunk_tokens)
+    inputs, weighted = PassInputs(counts), PassInputs(counts, advantage_PG)
+
+    def unfused() -> None:
+        policy(corpus, inputs).loss.backward()
+        policy(responses, weighted).loss.backward()
+        with torch.no_grad():
+            reward(responses)
+            policy(responses, None)
+
+    work: dict[str, Callable[[], object]] = {
+        FUSED: lambda: fused(batch=both, inputs=fused_inputs(case, counts)).loss.backward(),
+        PLAIN: lambda: plain(both, inputs).loss.backward(),
+        WHOLE: lambda: whole(both, inputs).loss.backward(),
+        UNFUSED: unfused,
+    }
+    formulas = passes(case)
+    return {variant: (counted(work[variant]), sum(formulas[variant].values())) for variant in work}

@@ -49,12 +49,9 @@ def placements(config: Config, machine: Machine, num_nodes: int) -> Iterator[Pla
         workers = per_node * (num_rollout_nodes or num_nodes)
         wanted = batch_of(config, num_ranks) | {"rollout__workers": workers, "rollout__gpus_per_worker": gpus}
         try:
-            placed = place(config, machine, num_nodes, num_rollout_nodes, **wanted)
+            yield place(config, machine, num_nodes, num_rollout_nodes, **wanted)
         except ConfigError:
             continue
-        # ranks of a node that are fewer than its GPUs talk over the network as soon as there are two nodes
-        ring = replace(machine, num_devices=placed.layout.ranks_per_node)
-        yield replace(placed, time=step_time(placed.config, ring))
 
 
 def _check(config: Config, machine: Machine) -> None:

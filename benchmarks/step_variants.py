@@ -167,10 +167,13 @@ def make_step(variant: str, case: Case, placement: Placement) -> Callable[[], fl
 
 
 def fused_step(engine: TrainEngine, batch: MicroBatch, counts: GlobalCounts, case: Case) -> Callable[[], float]:
-    inputs = StepInputs(StepCoefficients(alpha=0.5, beta=0.4, gamma=0.1, tau=0.6), counts,
-                        torch.zeros(case.hidden_size), 1.0, torch.tensor([0.7, 0.1, -0.2, 0.3, 0.05]),
-                        torch.ones(case.vocab_size))
+    inputs = fused_inputs(case, counts)
     return lambda: float(engine.train_step([batch], inputs, RATES).sums["loss/total"])
+
+
+def fused_inputs(case: Case, counts: GlobalCounts) -> StepInputs:
+    return StepInputs(StepCoefficients(alpha=0.5, beta=0.4, gamma=0.1, tau=0.6), counts, torch.zeros(case.hidden_size),
+                      1.0, torch.tensor([0.7, 0.1, -0.2, 0.3, 0.05]), torch.ones(case.vocab_size))
 
 
 def unfused_step(policy: TrainEngine, reward: nn.Module, reference: nn.Module, corpus: MicroBatch,

@@ -16,10 +16,12 @@ from efficiency import (
     rows_for_the_papers_ratio,
     table_2,
 )
+from efficiency_counted import SHAPES, count_shape, count_step
 from efficiency_flops import ASA, METHODS, Load, Trunk, ppo, ratios_to_asa
 from efficiency_picture import draw
 from live_run import Progress
 from results import make_result
+from step import SMOKE_CASES, passes
 
 TRUNK = Trunk(num_layers=3, hidden_size=10, intermediate_size=14, query_size=12, key_size=4, vocab_size=31,
               is_tied=True)
@@ -83,10 +85,21 @@ def test_the_three_billion_model_has_about_three_billion_weights() -> None:
     assert trunk.block_weights + 2 * trunk.vocab_size * trunk.hidden_size == pytest.approx(3.02e9, rel=0.01)
 
 
-def test_formulas_are_what_torch_counts() -> None:
-    ratios, _ = check_formulas(["2 layers × 192, grouped queries"], Progress())
-    assert len(ratios) == 4 and all(ratio.is_met and ratio.target == TARGET_DEVIATION for ratio in ratios)
-    assert max(ratio.value for ratio in ratios) < 1.01, "they were exact, but for the heads"
+@pytest.mark.parametrize("model", ["2 layers × 192, grouped queries", "step.py's model"])
+def test_formulas_are_what_torch_counts(model: str) -> None:
+    of_work = count_shape(SHAPES[model]) if model in SHAPES else count_step(SMOKE_CASES["smoke"])
+    assert len(of_work) == 4
+    for work, (counted, formula) in of_work.items():
+        assert counted == pytest.approx(formula, rel=0.01), f"{work}: exact, but for the heads"
+
+
+def test_a_wrong_formula_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efficiency_counted.SHAPES", {})
+    monkeypatch.setattr("efficiency_counted.passes", lambda case: {
+        variant: {what: 1.2 * flops for what, flops in terms.items()} for variant, terms in passes(case).items()})
+    ratios, measured, models = check_formulas("smoke", Progress())
+    assert measured.keys() == models.keys() == {"step.py's model"}
+    assert len(ratios) == 4 and all(ratio.target == TARGET_DEVIATION and not ratio.is_met for ratio in ratios)
 
 
 def test_the_table_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,10 +56,10 @@ class Machine:
         """Whether the config that is planned has been tried here, with fewer layers: ``rehearsal``."""
         return "layer_compute_seconds" in self.measured
 
-    def ring_bytes_per_second(self, num_ranks: int) -> float:
-        """Of a ring over all devices: inside one node by its links; else a node's network cards carry its share."""
+    def ring_bytes_per_second(self, num_nodes: int) -> float:
+        """Of a ring over all ranks: inside one node by its links; else a node's network cards carry its share."""
         slowest = self.link_bytes_per_second
-        if num_ranks > self.num_devices:
+        if num_nodes > 1:
             slowest = min(slowest, self.network_bytes_per_second)
         return slowest * self.assumptions["collective_bandwidth_share"]
 

@@ -122,10 +122,10 @@ def logits(config: Config, trunk: Trunk, work: Work) -> dict[str, float]:
 
 
 def worker_memory(config: Config, machine: Machine) -> dict[str, float]:
-    """Of one device of a rollout worker: weights, and the cache of all its sequences at their longest."""
+    """Of one device of a rollout worker: weights, and the cache of what it decodes at a time, at its longest."""
     trunk, work, each = trunk_of(config), work_of(config), BYTES_OF[config.model.dtype]
     devices = max(1, config.rollout.gpus_per_worker)
-    cached = work.answers_per_worker * (work.prompt_tokens + work.new_tokens)
+    cached = work.answers_at_a_time * (work.prompt_tokens + work.new_tokens)
     parts = {
         "weights": each * trunk.num_parameters / devices,
         "key/value cache": each * 2 * trunk.num_layers * trunk.key_size * cached / devices,

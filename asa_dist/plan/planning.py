@@ -115,7 +115,7 @@ def place(config: Config, machine: Machine, num_nodes: int, num_rollout_nodes: i
         settings = {key: value for key, value in settings.items() if value != setting(config, key)}
         fitted = changed(config, settings)
     return Placement(fitted, layout, settings, rank_memory(fitted, machine), worker_memory(fitted, machine),
-                     step_time(fitted, machine), work_of(fitted))  # fmt: skip
+                     step_time(fitted, machine, layout.num_trainer_nodes), work_of(fitted))  # fmt: skip
 
 
 def _workers(config: Config, machine: Machine, num_nodes: int, num_rollout_nodes: int) -> Settings:
@@ -198,14 +198,13 @@ def gib(num_bytes: float) -> str:
 
 def _advice(config: Config, chosen: Placement, machine: Machine) -> str:
     """The fewest changes, in the order of what they cost in speed, that make it fit."""
-    layout, changes = chosen.layout, {}
-    for key, value in _remedies(chosen.config):
-        changes[key] = value
+    layout, changes = chosen.layout, _smaller_worker(chosen.config, machine)
+    for remedy in ({}, *_remedies(chosen.config)):
         try:
-            tried = place(config, machine, layout.num_nodes, layout.num_rollout_nodes, **changes)
+            tried = place(config, machine, layout.num_nodes, layout.num_rollout_nodes, **changes | remedy)
         except ConfigError:
-            del changes[key]
             continue
+        changes |= remedy
         if fits(tried, machine):
             return "do this: " + as_overrides(tried.settings)
     for num_nodes in _more_nodes(layout.num_nodes) if machine.has_gpus else ():
@@ -218,20 +217,41 @@ def _advice(config: Config, chosen: Placement, machine: Machine) -> str:
     return "nothing that asa plan can change makes it fit: a smaller model, shorter rows, or larger devices"
 
 
-def _remedies(config: Config) -> Iterator[tuple[str, Any]]:
-    """Settings with ``__`` for the dot; each keeps those before it."""
+def _smaller_worker(config: Config, machine: Machine) -> Settings:
+    """Settings with ``__`` for the dot, with which a rollout worker fits its devices; none if it does already."""
+    for settings in ({}, *_ways_to_generate(config, machine)):
+        smaller = _unchecked(config, {key.replace("__", "."): value for key, value in settings.items()})
+        if sum(worker_memory(smaller, machine).values()) <= machine.device_bytes:
+            return settings
+    return {}
+
+
+def _ways_to_generate(config: Config, machine: Machine) -> Iterator[Settings]:
+    """Fewer groups at a time; then the model over several GPUs of a node, which engine vllm alone can."""
+    rollout, gpus = config.rollout, config.rollout.gpus_per_worker
+    if rollout.engine != "vllm":
+        most = rollout.groups_per_lease or max(1, rollout.prompts_per_step // rollout.workers)
+        for groups in range(most - 1, 0, -1):
+            if rollout.prompts_per_step % groups == 0:
+                yield {"rollout__groups_per_lease": groups}
+    while machine.has_gpus and (gpus := 2 * max(1, gpus)) <= machine.num_devices:
+        yield {"rollout__gpus_per_worker": gpus, "rollout__engine": "vllm"}
+
+
+def _remedies(config: Config) -> Iterator[Settings]:
+    """Settings with ``__`` for the dot; each comes beside those before it."""
     if config.train.zero_stage < 3:
-        yield "train__zero_stage", 3
+        yield {"train__zero_stage": 3}
     smallest = min(config.rollout.prompts_per_step, config.train.corpus_rows_per_step)
     accumulation = config.train.accumulation_steps
     while (accumulation := 2 * accumulation) * config.num_ranks <= smallest:
-        yield "train__accumulation_steps", accumulation
+        yield {"train__accumulation_steps": accumulation}
     if not config.model.activation_checkpointing:
-        yield "model__activation_checkpointing", True
+        yield {"model__activation_checkpointing": True}
     if config.model.logprob_chunk_tokens > 256:
-        yield "model__logprob_chunk_tokens", 256
+        yield {"model__logprob_chunk_tokens": 256}
     if not config.train.offload_optimizer:
-        yield "train__offload_optimizer", True
+        yield {"train__offload_optimizer": True}
 
 
 def _more_nodes(num_nodes: int) -> Iterator[int]:

@@ -83,6 +83,7 @@ class Work:
         corpus_rows, rollout_rows: of a rank's micro-batch, which hold ``row_tokens`` each.
         scored_tokens: of that micro-batch, that the output projection sees.
         answers_per_worker: responses that a worker generates for one step.
+        leases_per_worker: after each other: engine vllm has all that a step needs at a time, engine hf one.
     """
 
     num_ranks: int
@@ -94,6 +95,7 @@ class Work:
     scored_tokens: int
     prompts_per_worker: float
     answers_per_worker: float
+    leases_per_worker: float
     prompt_tokens: int
     new_tokens: int
 
@@ -101,6 +103,11 @@ class Work:
     def tokens(self) -> int:
         """Positions of a rank's micro-batch, padding included."""
         return (self.corpus_rows + self.rollout_rows) * self.row_tokens
+
+    @property
+    def answers_at_a_time(self) -> float:
+        """That a worker decodes together."""
+        return self.answers_per_worker / self.leases_per_worker
 
     @property
     def scored_tokens_per_step(self) -> int:
@@ -114,6 +121,8 @@ def work_of(config: Config) -> Work:
     num_batches = config.num_ranks * train.accumulation_steps
     corpus_rows = train.corpus_rows_per_step // num_batches
     answers = rollout.prompts_per_step // num_batches * rollout.responses_per_prompt
+    prompts_per_worker = rollout.prompts_per_step / rollout.workers
+    has_one_lease = rollout.engine == "vllm" or rollout.groups_per_lease is None
     per_row = row_tokens // (rollout.max_prompt_tokens + rollout.max_new_tokens)
     return Work(
         num_ranks=config.num_ranks,
@@ -123,8 +132,9 @@ def work_of(config: Config) -> Work:
         rollout_rows=-(-answers // per_row),
         row_tokens=row_tokens,
         scored_tokens=corpus_rows * row_tokens + answers * rollout.max_new_tokens,
-        prompts_per_worker=rollout.prompts_per_step / rollout.workers,
-        answers_per_worker=rollout.prompts_per_step * rollout.responses_per_prompt / rollout.workers,
+        prompts_per_worker=prompts_per_worker,
+        answers_per_worker=prompts_per_worker * rollout.responses_per_prompt,
+        leases_per_worker=1.0 if has_one_lease else max(1.0, prompts_per_worker / rollout.groups_per_lease),
         prompt_tokens=rollout.max_prompt_tokens,
         new_tokens=rollout.max_new_tokens,
     )

@@ -66,8 +66,11 @@ class StepTime:
         return self.rollouts if self.take_turns else max(0.0, self.rollouts - self.training)
 
 
-def step_time(config: Config, machine: Machine) -> StepTime:
-    """Of a step on a machine of whose kind there are enough."""
+def step_time(config: Config, machine: Machine, num_nodes: int = 1) -> StepTime:
+    """
+    Args:
+        num_nodes: that train.
+    """
     trunk, work = trunk_of(config), work_of(config)
     take_turns = config.rollout.max_policy_age == 0 or config.rollout.placement == "shared"
     shard = BYTES_OF[config.model.dtype] * trunk.num_parameters / work.num_ranks
@@ -75,7 +78,7 @@ def step_time(config: Config, machine: Machine) -> StepTime:
     if machine.is_rehearsed:
         return _rehearsed(config, machine, publish, take_turns)
     compute = compute_seconds(config, machine, trunk, work)
-    collectives = collective_seconds(config, machine, trunk, work)
+    collectives = collective_seconds(config, machine, trunk, work, num_nodes)
     hidden = min(collectives, compute * machine.assumptions["overlap"])
     return StepTime(
         compute=compute,
@@ -143,7 +146,7 @@ def compute_seconds(config: Config, machine: Machine, trunk: Trunk, work: Work) 
     return seconds
 
 
-def collective_seconds(config: Config, machine: Machine, trunk: Trunk, work: Work) -> float:
+def collective_seconds(config: Config, machine: Machine, trunk: Trunk, work: Work, num_nodes: int) -> float:
     """Of ZeRO, per step, as if nothing else ran."""
     if work.num_ranks == 1:
         return 0.0
@@ -158,17 +161,17 @@ def collective_seconds(config: Config, machine: Machine, trunk: Trunk, work: Wor
     }[config.train.zero_stage]
     num_bytes, messages = (work.micro_batches * a + b for a, b in zip(of_micro_batch, of_step, strict=True))
     others = work.num_ranks - 1
-    moving = num_bytes * others / work.num_ranks / machine.ring_bytes_per_second(work.num_ranks)
+    moving = num_bytes * others / work.num_ranks / machine.ring_bytes_per_second(num_nodes)
     return messages * others * machine.assumptions["hop_seconds"] + moving
 
 
 def rollout_seconds(config: Config, machine: Machine, trunk: Trunk, work: Work) -> float:
-    """A worker loads a version, reads its prompts, and decodes all its sequences at the same time, to the longest.
+    """A worker loads a version; then, lease after lease, it reads prompts and decodes their answers to the longest.
 
     One decoded token is bound by whichever is slowest: weights and cache through memory, arithmetic, or the host.
     """
     each, devices = BYTES_OF[config.model.dtype], max(1, config.rollout.gpus_per_worker)
-    assumed, answers = machine.assumptions, work.answers_per_worker
+    assumed, answers = machine.assumptions, work.answers_at_a_time
     rate = machine.peak_flops[config.model.dtype] * assumed["prefill_efficiency"] * devices
     bandwidth = machine.memory_bytes_per_second * assumed["decode_bandwidth_share"] * devices
     weights = each * trunk.num_parameters
@@ -181,7 +184,7 @@ def rollout_seconds(config: Config, machine: Machine, trunk: Trunk, work: Work) 
     token = max((weights + cache) / bandwidth, arithmetic, on_host)
     if not machine.has_gpus:  # one thread does all of it
         token = max((weights + cache) / bandwidth, arithmetic) + on_host
-    return loading + reading + work.new_tokens * token
+    return loading + reading + work.leases_per_worker * work.new_tokens * token
 
 
 def _engine(config: Config) -> str:

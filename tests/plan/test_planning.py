@@ -15,8 +15,8 @@ from asa_dist.config import Config, ConfigError, load_config
 from asa_dist.plan import flops
 from asa_dist.plan.calibration import can_rehearse
 from asa_dist.plan.machine import ASSUMED, MACHINES, Machine
-from asa_dist.plan.memory import model_states, rank_memory
-from asa_dist.plan.planning import as_overrides, changed, plan, plan_on
+from asa_dist.plan.memory import model_states, rank_memory, worker_memory
+from asa_dist.plan.planning import as_overrides, changed, place, plan, plan_on
 from asa_dist.plan.report import as_json, as_text
 from asa_dist.plan.shape import Trunk, count_parameters, trunk_of, work_of
 from asa_dist.plan.step_time import collective_seconds, rollout_seconds, step_time
@@ -91,16 +91,16 @@ def test_the_work_of_a_micro_batch() -> None:
     work = work_of(config_of(LARGE, "train.accumulation_steps=8"))  # 4 ranks: 128 rows and 32 groups of 8 over 32
     assert (work.corpus_rows, work.rollout_rows) == (4, 1)  # 8 responses of 192 tokens in rows of 2048
     assert work.scored_tokens == 4 * 2048 + 8 * 128
-    assert work.answers_per_worker == 32 * 8 / 4
+    assert work.answers_per_worker == work.answers_at_a_time == 32 * 8 / 4
 
 
 def test_collectives_follow_the_alpha_beta_model() -> None:
     config = config_of(LARGE)
     free_hops = dataclasses.replace(H100, assumptions=ASSUMED | {"hop_seconds": 0.0})
-    seconds = collective_seconds(config, free_hops, trunk_of(config), work_of(config))
+    seconds = collective_seconds(config, free_hops, trunk_of(config), work_of(config), 1)
     whole = 2 * sum(count_parameters(config).values())
     assert seconds == pytest.approx(8 * 3 * whole * 3 / 4 / (450e9 * 0.8))  # 8 micro-batches, 4 ranks, one node
-    assert collective_seconds(config, H100, trunk_of(config), work_of(config)) > seconds
+    assert collective_seconds(config, H100, trunk_of(config), work_of(config), 1) > seconds
 
 
 def test_rollouts_wait_for_nothing_but_age_zero() -> None:
@@ -108,6 +108,26 @@ def test_rollouts_wait_for_nothing_but_age_zero() -> None:
     assert late.step == max(late.training, late.rollouts)
     assert at_once.step == at_once.training + at_once.rollouts
     assert at_once.waiting == pytest.approx(at_once.rollouts)
+
+
+def test_four_ranks_of_each_of_two_nodes_talk_over_the_network() -> None:
+    placed = place(config_of(LARGE, "rollout.workers=8"), H100, 2, 0)
+    assert (placed.layout.ranks_per_node, placed.work.num_ranks) == (4, 8), "as many as one node has GPUs"
+    of_one, of_two = (collective_seconds(placed.config, H100, trunk_of(placed.config), placed.work, num_nodes)
+                      for num_nodes in (1, 2))  # fmt: skip
+    assert of_two > of_one and placed.time.exposed_collectives + placed.time.hidden_collectives == of_two
+
+
+def test_engine_hf_has_one_lease_at_a_time() -> None:
+    config = config_of(LARGE, "rollout.workers=1", "rollout.groups_per_lease=8")  # 32 groups
+    work, trunk = work_of(config), trunk_of(config)
+    assert (work.leases_per_worker, work.answers_at_a_time) == (4, 8 * 8)
+    whole = work_of(config_of(LARGE, "rollout.workers=1"))
+    cache = [worker_memory(one, H100)["key/value cache"] for one in (config, config_of(LARGE, "rollout.workers=1"))]
+    assert cache[1] == pytest.approx(4 * cache[0])
+    assert rollout_seconds(config, H100, trunk, work) > 2 * rollout_seconds(config, H100, trunk, whole)
+    assert work_of(config_of(LARGE, "rollout.workers=1", "rollout.groups_per_lease=8",
+                             "rollout.engine=vllm")).leases_per_worker == 1
 
 
 def test_decoding_reads_all_weights_for_every_token() -> None:
@@ -139,6 +159,15 @@ def test_what_it_says_to_do_is_enough() -> None:
     assert made.problems[-1].startswith("do this: ")
     overrides = made.problems[-1].removeprefix("do this: ").split()
     assert plan_on(config_of(LARGE, "model.activation_checkpointing=false", *overrides), machine, 1, 0).fits
+
+
+@pytest.mark.parametrize(("engine", "key"), [("hf", "rollout.groups_per_lease"), ("vllm", "rollout.gpus_per_worker")])
+def test_a_worker_that_does_not_fit(engine: str, key: str) -> None:
+    asked = ["rollout.workers=1", "rollout.max_new_tokens=1024", f"rollout.engine={engine}"]
+    problem, advice = plan_on(config_of(LARGE, *asked), H100, 2, 0).problems
+    assert problem.endswith("for a device of a rollout worker") and key in advice
+    overrides = advice.removeprefix("do this: ").split()
+    assert plan_on(config_of(LARGE, *asked, *overrides), H100, 2, 0).fits
 
 
 def test_more_nodes_where_no_setting_helps() -> None:
