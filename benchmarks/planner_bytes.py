@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from local_ranks import run_on_ranks
 from torch import Tensor
 
-from asa_dist.config import Config, dump_config, load_config
-from asa_dist.launcher import free_port
+from asa_dist.config import Config, load_config
 from asa_dist.plan.made_up import made_up_loop
 from asa_dist.plan.memory import MODEL_STATES, activations, buffers, model_states
-from asa_dist.plan.rehearsal import environment, with_depth
+from asa_dist.plan.rehearsal import with_depth
 from asa_dist.plan.shape import trunk_of, work_of
-from asa_dist.runtime.engine import Placement, TrainEngine, join_process_group
+from asa_dist.runtime.engine import Placement, TrainEngine
 
 BUCKET, ACTIVATIONS = "reduce bucket", "activations and masks"
 WEIGHTS, MASTERS, MOMENTS, GRADIENTS = MODEL_STATES
-COLLECTIVE_SECONDS = 120.0
+DEADLINE_SECONDS = 600.0
 
 
 # --- of an engine -----------------------------------------------------------------------------------------------
@@ -102,27 +99,13 @@ def planned_bytes(config: Config) -> dict[str, float]:
 
 
 def measure_bytes(path: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """(planned, held by rank 0), by part, the most at any time of a step."""
+    """(planned, held by rank 0), by part, the most at any time of a step; ``run_on_ranks`` says what it raises."""
     config = load_config(path, overrides)
-    with tempfile.TemporaryDirectory(prefix="asa-planner-") as folder:
-        (Path(folder) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        torch.multiprocessing.spawn(_run_rank, (Path(folder), str(free_port())), nprocs=config.num_ranks)
-        held: dict[str, float] = json.loads((Path(folder) / "held.json").read_text(encoding="utf-8"))
+    held, *_ = run_on_ranks(config.num_ranks, "planner_bytes", (config,), DEADLINE_SECONDS)
     return planned_bytes(config), held
 
 
-def _run_rank(rank: int, folder: Path, port: str) -> None:
-    config = load_config(folder / "config.yaml")
-    os.environ |= environment(config, rank, port)
-    placement = Placement(rank, rank, config.num_ranks, torch.device("cpu"))
-    join_process_group(placement, COLLECTIVE_SECONDS)
-    held = _bytes_of_a_step(config, placement)
-    if rank == 0:
-        (folder / "held.json").write_text(json.dumps(held), encoding="utf-8")
-    torch.distributed.destroy_process_group()
-
-
-def _bytes_of_a_step(config: Config, placement: Placement) -> dict[str, int]:
+def measure_on_rank(placement: Placement, config: Config) -> dict[str, int]:
     loop, engine = made_up_loop(with_depth(config, config.model.architecture.num_layers), placement, lambda row: None)
     loop.run(1)  # moments are there after it
     step_engine, seen = engine.engine.step, [held_bytes(engine)]
