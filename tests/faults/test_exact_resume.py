@@ -49,6 +49,7 @@ def test_it_is_synchronous_and_it_learns(undisturbed: Run) -> None:
     assert last < 0.9 * first
 
 
+@pytest.mark.long
 def test_stopped_resumed_and_with_two_workers(start: Start, undisturbed: Run) -> None:
     run = start(ASA, *LEARNING, TWO_WORKERS)
     run.wait_until(lambda: len(run.steps) >= STEPS // 2)

