@@ -67,6 +67,14 @@ def rank_memory(config: Config, machine: Machine) -> Memory:
     return Memory(device | {"reserved": machine.assumptions["reserved_bytes"]}, host)
 
 
+def kept_bytes(config: Config, memory: Memory) -> float:
+    """On a rank's device while no step is taken. Of gradients' buffers only those of stage 3 outlive a step."""
+    names = ["weights", "float32 masters", "Adam moments", "reserved"]
+    if config.train.zero_stage == 3:
+        names += ["gradients", "reduce bucket"]
+    return sum(memory.device.get(name, 0) for name in names)
+
+
 def model_states(config: Config) -> dict[str, float]:
     """What lives from step to step; see the table above."""
     stage, ranks, each = config.train.zero_stage, config.num_ranks, BYTES_OF[config.model.dtype]

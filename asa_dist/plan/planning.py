@@ -10,7 +10,7 @@ from asa_dist.config import Config, ConfigError, build_config
 from asa_dist.job_layout import JobLayout, plan_layout
 from asa_dist.plan.calibration import this_machine
 from asa_dist.plan.machine import MACHINES, Machine
-from asa_dist.plan.memory import Memory, rank_memory, worker_memory
+from asa_dist.plan.memory import Memory, kept_bytes, rank_memory, worker_memory
 from asa_dist.plan.shape import Work, count_parameters, work_of
 from asa_dist.plan.step_time import StepTime, step_time
 
@@ -172,16 +172,24 @@ def fits(placement: Placement, machine: Machine) -> bool:
 
 def shortages(placement: Placement, machine: Machine) -> Iterator[tuple[str, float, float]]:
     """(whose, bytes needed, bytes there are)."""
+    config, worker, room = placement.config, sum(placement.worker.values()), _worker_room(placement.config, machine)
     per_node = placement.layout.ranks_per_node * placement.memory.host_bytes
     needs = [
         ("a rank", placement.memory.device_bytes, machine.device_bytes),
-        ("a device of a rollout worker", sum(placement.worker.values()), machine.device_bytes),
+        ("a device of a rollout worker", worker, room),
         ("all ranks of a host", per_node, machine.host_bytes),
     ]
-    if placement.config.rollout.placement == "shared" and machine.has_gpus:
-        kept = sum(placement.memory.device.get(name, 0) for name in ("weights", "float32 masters", "Adam moments"))
-        needs.append(("a GPU that both share", sum(placement.worker.values()) + kept, machine.device_bytes))
+    if config.rollout.placement == "shared" and machine.has_gpus:
+        taken = room if config.rollout.engine == "vllm" else worker  # vLLM takes its share, needed or not
+        kept = kept_bytes(config, placement.memory)
+        needs.append(("a GPU that both share", taken + kept, machine.device_bytes))
     yield from (need for need in needs if need[1] > need[2])
+
+
+def _worker_room(config: Config, machine: Machine) -> float:
+    """Bytes of a device that a rollout worker may use."""
+    is_vllm = config.rollout.engine == "vllm" and machine.has_gpus
+    return machine.device_bytes * (config.rollout.gpu_memory_fraction if is_vllm else 1.0)
 
 
 def _problems(config: Config, chosen: Placement, machine: Machine) -> Iterator[str]:
@@ -199,7 +207,7 @@ def gib(num_bytes: float) -> str:
 def _advice(config: Config, chosen: Placement, machine: Machine) -> str:
     """The fewest changes, in the order of what they cost in speed, that make it fit."""
     layout, changes = chosen.layout, _smaller_worker(chosen.config, machine)
-    for remedy in ({}, *_remedies(chosen.config)):
+    for remedy in ({}, *_remedies(chosen, machine)):
         try:
             tried = place(config, machine, layout.num_nodes, layout.num_rollout_nodes, **changes | remedy)
         except ConfigError:
@@ -221,7 +229,7 @@ def _smaller_worker(config: Config, machine: Machine) -> Settings:
     """Settings with ``__`` for the dot, with which a rollout worker fits its devices; none if it does already."""
     for settings in ({}, *_ways_to_generate(config, machine)):
         smaller = _unchecked(config, {key.replace("__", "."): value for key, value in settings.items()})
-        if sum(worker_memory(smaller, machine).values()) <= machine.device_bytes:
+        if sum(worker_memory(smaller, machine).values()) <= _worker_room(smaller, machine):
             return settings
     return {}
 
@@ -238,8 +246,13 @@ def _ways_to_generate(config: Config, machine: Machine) -> Iterator[Settings]:
         yield {"rollout__gpus_per_worker": gpus, "rollout__engine": "vllm"}
 
 
-def _remedies(config: Config) -> Iterator[Settings]:
+def _remedies(chosen: Placement, machine: Machine) -> Iterator[Settings]:
     """Settings with ``__`` for the dot; each comes beside those before it."""
+    config = chosen.config
+    if config.rollout.placement == "shared" and config.rollout.engine == "vllm":
+        room = 1 - kept_bytes(config, chosen.memory) / machine.device_bytes
+        if 0.05 <= room < config.rollout.gpu_memory_fraction:
+            yield {"rollout__gpu_memory_fraction": int(20 * room) / 20}
     if config.train.zero_stage < 3:
         yield {"train__zero_stage": 3}
     smallest = min(config.rollout.prompts_per_step, config.train.corpus_rows_per_step)

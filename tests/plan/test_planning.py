@@ -170,6 +170,15 @@ def test_a_worker_that_does_not_fit(engine: str, key: str) -> None:
     assert plan_on(config_of(LARGE, *asked, *overrides), H100, 2, 0).fits
 
 
+@pytest.mark.parametrize("num_nodes", [1, 4])
+def test_vllm_on_shared_gpus_has_what_ranks_leave(num_nodes: int) -> None:
+    asked = ["rollout.placement=shared", "rollout.max_policy_age=0", "rollout.engine=vllm"]
+    problem, advice = plan_on(config_of(LARGE, *asked), H100, num_nodes, 0).problems
+    assert problem.endswith("for a GPU that both share") and "rollout.gpu_memory_fraction=0." in advice
+    overrides = advice.removeprefix("do this: ").split()
+    assert plan_on(config_of(LARGE, *asked, *overrides), H100, num_nodes, 0).fits
+
+
 def test_more_nodes_where_no_setting_helps() -> None:
     made = plan_on(config_of(LARGE, "train.offload_optimizer=true", "train.accumulation_steps=8"), SMALL_HOST, 1, 0)
     assert not made.fits and "all ranks of a host" in made.problems[0]
