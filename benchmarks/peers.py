@@ -57,6 +57,7 @@ OURS: dict[str, dict[str, Any]] = {
     WITHOUT_AVX512: {"engine": "hf", "max_policy_age": 1, "threads": 1,
                      "environment": {"ONEDNN_MAX_CPU_ISA": "AVX2"}},
 }
+IMPORT_SECONDS = 300.0
 DEFAULT_TRL = ROOT / ".venv-trl/bin/python"
 HOW_TO_INSTALL = "python3 -m venv .venv-trl && .venv-trl/bin/pip install -c constraints.txt trl"
 
@@ -281,7 +282,7 @@ def ratios_of(rounds: Sequence[Round]) -> list[Ratio]:
         speed = [of_round[name].samples_per_second / of_round[TRL].samples_per_second for of_round in rounds]
         memory = [of_round[name].peak_rss_bytes / of_round[TRL].peak_rss_bytes for of_round in rounds]
         ratio = _ratio(f"samples/s: {name}", speed, better="higher", target=TARGET_RATIO if name == PROMISED else None)
-        found.append(ratio if ratio.is_met is not False else Ratio(**{**asdict(ratio), "why": where_it_goes(rounds)}))
+        found.append(ratio if ratio.target is None else Ratio(**{**asdict(ratio), "why": where_it_goes(rounds)}))
         found.append(_ratio(f"memory: {name}", memory))
     return found
 
@@ -301,14 +302,30 @@ def where_it_goes(rounds: Sequence[Round]) -> str:
     return f"seconds per step: TRL {parts(TRL)}; ours, of rank 0, {parts(PROMISED)}"
 
 
+def versions_of(trl: Path) -> dict[str, str]:
+    """Of what is installed beside TRL.
+
+    Raises:
+        SystemExit: no TRL can be imported there; with what it said.
+    """
+    asked = ("import json, trl, torch, transformers as t; "
+             "print(json.dumps({'trl': trl.__version__, 'torch': torch.__version__, 'transformers': t.__version__}))")
+    try:
+        answer = subprocess.run([str(trl), "-c", asked], capture_output=True, text=True, check=True,
+                                env={**os.environ, "PYTHONPATH": ""}, timeout=IMPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"peers: {trl} did not import TRL within {IMPORT_SECONDS:g} s")
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        sys.exit(f"peers: {trl} cannot import TRL: {said[0]}; to make its environment: {HOW_TO_INSTALL}")
+    found: dict[str, str] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
 def settings(size: Size, names: Sequence[str], trl: Path) -> dict[str, Any]:
-    versions = subprocess.run(
-        [str(trl), "-c", "import json, trl, torch, transformers as t; "
-         "print(json.dumps({'trl': trl.__version__, 'torch': torch.__version__, 'transformers': t.__version__}))"],
-        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": ""})
     return {"variants": {name: OURS.get(name, {"threads": 2}) for name in names}, "rounds": size.rounds,
             "steps_per_block": size.steps, "warm_steps": size.warm_steps, "spare_steps": SPARE_STEPS, "seed": SEED,
-            "cores": sorted(os.sched_getaffinity(0)), "trl_environment": json.loads(versions.stdout.splitlines()[-1]),
+            "cores": sorted(os.sched_getaffinity(0)), "trl_environment": versions_of(trl),
             "trl_case": trl_case(Path(), 0), "our_config": our_config(Path(), OURS[PROMISED], 1)}
 
 

@@ -78,8 +78,10 @@ class Publisher:
         self._parameters = [p for part, _, p in named_parts(self.engine.engine.module) if part == PSI]
         specs = tensor_specs(self.engine.generator_shapes, placement.num_ranks)
         self.shard_bytes = shard_num_bytes(specs, case.dtype)
+        before = resident_bytes()["own_bytes"]
         self.client = RolloutClient(run_name, placement.rank, placement.num_ranks, self.engine.generator_shapes,
                                     case.dtype, TIMEOUT_SECONDS)
+        self.standing_bytes = resident_bytes()["own_bytes"] - before  # mostly both buffers
         self._source = torch.ones(self.shard_bytes, dtype=torch.uint8)
         self._target = torch.zeros_like(self._source)
         self._pair = gloo_pair(folder, 0) if placement.rank == 0 else None
@@ -124,14 +126,14 @@ class Publisher:
         for parameter in self._parameters:
             with deepspeed.zero.GatheredParameters([parameter]):
                 self._send(parameter)
-        return self._when_received()
+        return self._when_received
 
     def _one_context(self) -> Publication:
         self._announce()
         with deepspeed.zero.GatheredParameters(self._parameters):
             for parameter in self._parameters:
                 self._send(parameter)
-        return self._when_received()
+        return self._when_received
 
     def _announce(self) -> None:
         if self._pair is not None:
@@ -141,12 +143,11 @@ class Publisher:
         if self._pair is not None:
             broadcast(self._pair, parameter.detach(), 0)
 
-    def _when_received(self) -> Publication:
-        """The answer is taken at once, or it would arrive within the next turn."""
+    def _when_received(self) -> float:
         received_ns = torch.zeros(1, dtype=torch.int64)
         if self._pair is not None:
             broadcast(self._pair, received_ns, 1)
-        return lambda: received_ns.item() / 1e9
+        return received_ns.item() / 1e9
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def measure_on_rank(placement: Placement, folder: Path, case: Case, address: str
     memory = {way: peak_bytes(publisher.ways[way]) for way in WAYS}
     memory[OURS] = with_shared(memory[OURS], in_store)
     found = {"turns": found, "memory": memory, "shard_bytes": publisher.shard_bytes,
-             "tensors": len(publisher.engine.generator_shapes)}
+             "standing_bytes": publisher.standing_bytes, "tensors": len(publisher.engine.generator_shapes)}
     comm.barrier()
     publisher.close()
     disconnect()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from local_ranks import run_on_ranks
-from publish import ALL_CASES, CASE_SECONDS
+from publish import ALL_CASES, RANKS_SECONDS
 from publish_case import SEED, Case, given_up_file, ranks_file, served_file
 
 from asa_dist.config import ModelConfig
@@ -62,7 +62,10 @@ def second_ray(head_address: str, store_bytes: int) -> Iterator[None]:
         yield
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(JOIN_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def run(case: Case, folder: Path, turns: int) -> None:
@@ -101,8 +104,8 @@ def run(case: Case, folder: Path, turns: int) -> None:
         receiver = spawn.Process(target=receive, args=(folder, case.other_core, shapes, case.dtype), daemon=True)
         receiver.start()
         of_ranks = run_on_ranks(case.num_ranks, "publish_ranks", (folder, case, ray.address, RUN_NAME, turns),
-                                CASE_SECONDS, TIMEOUT_SECONDS)
-        receiver.join()
+                                RANKS_SECONDS, TIMEOUT_SECONDS)
+        receiver.join(JOIN_SECONDS)  # a daemon: it does not outlive us
     ranks_file(folder).write_text(json.dumps(of_ranks), encoding="utf-8")
 
 

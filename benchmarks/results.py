@@ -37,13 +37,13 @@ class Ratio:
 
     Args:
         name: what it is of, unique within the benchmark: "stall, 4 ranks, 500 M parameters".
-        value: measured / baseline; the median, where it was measured more than once.
+        value: measured / baseline; the median of these, where it was measured more than once.
         baseline: what it is divided by.
         better: which way is good.
         lowest, highest: over the repetitions; None: there was one.
         target: the promise; None: there is none.
         limit: what no implementation could do better than, as the same ratio; None: not known.
-        why: of a promise that is not kept, the reason, and what was tried.
+        why: of a promise that is not kept, the reason, and what was tried; of other figures what they need to be read.
     """
 
     name: str
@@ -65,26 +65,37 @@ class Ratio:
 
 
 def commit() -> str:
-    """Of the checkout, with "+" if files differ from it; "" outside of git."""
-    asked = [subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-             for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
+    """Of the checkout, with "+" if code differs from it; "" outside of git."""
+    code = ["--untracked-files=no", "--", "*.py", "*.yaml", "constraints.txt"]
+    try:
+        asked = [subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+                 for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", *code])]
+    except OSError:
+        return ""
     if any(answer.returncode for answer in asked):
         return ""
     return asked[0].stdout.strip() + ("+" if asked[1].stdout.strip() else "")
+
+
+BEGUN = {**when_and_where(), "commit": commit()}  # when a benchmark imports this: nothing is measured yet
 
 
 def make_result(benchmark: str, size: str, ratios: Sequence[Ratio], settings: Mapping[str, Any],
                 measurements: Mapping[str, Any]) -> dict[str, Any]:
     """``ok``: every promise was kept, or nothing was promised, as for a smoke run.
 
+    Date, machine and load are those of the beginning; so is the commit, with "+" if code has changed since.
+
     Args:
         settings: with what it ran, enough to do it again.
         measurements: all raw numbers, units in their names, every repetition.
+
     Raises:
         ResultError: of :func:`check_result`.
     """
     ok = size == "smoke" or all(ratio.is_met is not False for ratio in ratios)
-    result = {"benchmark": benchmark, "schema": SCHEMA, "size": size, "ok": ok, **when_and_where(), "commit": commit(),
+    begun = BEGUN | ({"commit": f"{BEGUN['commit'].rstrip('+')}+"} if commit() != BEGUN["commit"] else {})
+    result = {"benchmark": benchmark, "schema": SCHEMA, "size": size, "ok": ok, **begun,
               "ratios": [{**asdict(ratio), "is_met": ratio.is_met} for ratio in ratios], "settings": dict(settings),
               "measurements": dict(measurements)}
     check_result(result)

@@ -27,6 +27,7 @@ from asa_dist.records import Prompt, Response, RolloutGroup
 from asa_dist.runtime.engine import Placement, TrainEngine, deepspeed_settings
 from asa_dist.runtime.model import PHI, PSI, XI, build_model
 from asa_dist.runtime.trunk import TrunkModel, build_trunk
+from asa_kernels.cpu_linear import linear
 
 RATES = {PSI: 1e-4, PHI: 1e-4, XI: 1e-4}
 KL_WEIGHT = 0.1
@@ -80,7 +81,7 @@ class WholeLogitsHead(nn.Module):
 
     def forward(self, hidden_NH: Tensor, target_N: Tensor, is_sampled_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         token_M = (target_N != IGNORED).nonzero().squeeze(1)
-        loss_M = F.cross_entropy(F.linear(hidden_NH[token_M], self.weight), target_N[token_M], reduction="none")
+        loss_M = F.cross_entropy(linear(hidden_NH[token_M], self.weight), target_N[token_M], reduction="none")
         logprob_N = hidden_NH.new_zeros(len(target_N)).index_put((token_M,), -loss_M)
         return logprob_N, logprob_N.detach(), torch.zeros_like(logprob_N)
 

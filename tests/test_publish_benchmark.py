@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from publish import measure, names_of, parse_arguments, ratios_of_case
+from publish import TRIED, measure, names_of, parse_arguments, ratios_of_case
 from publish_case import CASES, MEMCPY, OURS, PER_PARAMETER, SLOW_LINK, SMOKE_CASES, THREE_AT_ONCE, WAYS
 
 SHARD_BYTES = 1000
@@ -16,7 +16,7 @@ OF_OURS = (OURS, THREE_AT_ONCE)
 MEASURED: dict[str, Any] = {
     "turns": {way: [{"stall_seconds": 1.0, "served_seconds": 2.0, "cpu_seconds": 1.0}] * 3 for way in WAYS},
     "memory": {way: {"own_bytes": 0, "shared_bytes": SHARD_BYTES, "all_bytes": SHARD_BYTES} for way in WAYS},
-    "shard_bytes": SHARD_BYTES, "tensors": 7,
+    "shard_bytes": SHARD_BYTES, "standing_bytes": 2 * SHARD_BYTES, "tensors": 7,
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def test_a_stall_is_held_against_a_copy_of_as_many_bytes(ours: float, is_met: bo
     assert (ratio.name, ratio.value, ratio.is_met) == ("stall, of memcpy: c", ours, is_met)
     assert ratio.why == ("" if is_met else (
         "ms: ours 1510.00, memcpy 1000.00, per-parameter gather + broadcast 10000.00; 7 tensors; "
-        "extra MB: 0.0 own, 0.0 in Ray's store, of a shard of 0.0"))
+        f"extra MB: 0.0 own, 0.0 in Ray's store, of a shard of 0.0. {TRIED}"))
 
 
 @pytest.mark.parametrize(("theirs", "is_met"), [(5.0, True), (4.9, False)])
@@ -46,7 +46,9 @@ def test_gathering_is_to_take_five_times_as_long(theirs: float, is_met: bool) ->
 def test_memory_beyond_a_shard_is_a_broken_promise(extra_bytes: float, is_met: bool) -> None:
     measured = copy.deepcopy(MEASURED)
     measured["memory"][OURS]["all_bytes"] = extra_bytes
-    assert ratios_of_case("c", measured)[-1].is_met is is_met
+    *_, extra, with_buffers = ratios_of_case("c", measured)
+    assert extra.is_met is is_met
+    assert with_buffers.value == pytest.approx(extra.value + 2) and with_buffers.target is None
 
 
 def test_three_in_a_row_are_held_against_three_copies() -> None:
@@ -70,4 +72,5 @@ def test_every_way_publishes_on_real_ranks(tmp_path: Path) -> None:
         assert way not in OF_OURS or turn["stall_seconds"] <= turn["served_seconds"], way
     whole_pages = measured["shard_bytes"] - 2 * mmap.PAGESIZE  # the first and the last may hold something else, too
     assert measured["memory"][OURS]["shared_bytes"] >= whole_pages  # it does go through Ray's store
+    assert measured["standing_bytes"] >= 2 * measured["shard_bytes"] - 4 * mmap.PAGESIZE, "both buffers"
     assert {ratio.name for ratio in ratios_of_case("smoke", measured)} > {"stall, of memcpy: smoke"}

@@ -116,14 +116,24 @@ def test_the_commit_says_if_files_differ_from_it(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert commit() == "", "outside of git"
-    (tmp_path / "file").write_text("one", encoding="utf-8")
+    (tmp_path / "file.py").write_text("one", encoding="utf-8")
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for words in (["init", "-q"], ["add", "file"], [*identity, "commit", "-qm", "first"]):
+    for words in (["init", "-q"], ["add", "file.py"], [*identity, "commit", "-qm", "first"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     clean = commit()
     assert len(clean) == 12
-    (tmp_path / "file").write_text("two", encoding="utf-8")
+    (tmp_path / "README.md").write_text("a table", encoding="utf-8")
+    assert commit() == clean
+    (tmp_path / "file.py").write_text("two", encoding="utf-8")
     assert commit() == f"{clean}+"
+
+
+def test_a_result_has_the_commit_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "BEGUN", results.BEGUN | {"commit": "0123456789ab"})
+    monkeypatch.setattr(results, "commit", lambda: "0123456789ab")
+    assert result_of(KEPT)["commit"] == "0123456789ab"
+    monkeypatch.setattr(results, "commit", lambda: "ba9876543210")
+    assert result_of(KEPT)["commit"] == "0123456789ab+", "code has changed meanwhile"
 
 
 @pytest.mark.parametrize(("arguments", "size"), [([], "full"), (["--short"], "short"), (["--smoke"], "smoke")])

@@ -18,6 +18,7 @@ from step import (
     VARIANTS,
     WHOLE,
     cases_of,
+    model_flops,
     of_slowest_rank,
     parse_arguments,
     passes,
@@ -36,9 +37,10 @@ NAME = "rollout:corpus 1:1"
 
 def measured(seconds: dict[str, float], zero_stage: int = 3) -> dict[str, Any]:
     case = replace(SHARES[NAME], zero_stage=zero_stage)
-    turns = {variant: [{"seconds": seconds.get(variant, 1.0), "cpu_seconds": 0.5, "sent_bytes": 8.0}] * 3
+    turns = {variant: [{"seconds": seconds.get(variant, 1.0), "cpu_seconds": 0.5, "sent_bytes": 8e6}] * 3
              for variant in VARIANTS}
-    return {"case": {"zero_stage": zero_stage}, "flops_of_rank": passes(case), "turns": turns}
+    return {"case": {"zero_stage": zero_stage}, "flops_of_rank": passes(case), "turns": turns,
+            "utilisation": dict.fromkeys(VARIANTS, 0.5)}
 
 
 @pytest.mark.parametrize(("seconds", "is_met"), [(1.10, True), (1.11, False)])
@@ -46,7 +48,9 @@ def test_fused_is_promised_beside_plain(seconds: float, is_met: bool) -> None:
     of_name = {ratio.name: ratio for ratio in ratios_of_case(NAME, measured({FUSED: seconds, UNFUSED: 9.0}))}
     ratio = of_name[f"time of fused: {NAME}"]
     assert (ratio.is_met, ratio.value) == (is_met, seconds)
-    assert ratio.why == ("" if is_met else "ms per step, of it computing: fused 1110, 500; plain 1000, 500")
+    assert ratio.why == ("" if is_met else
+                         "ms per step, of it computing, MB sent: fused 1110, 500, 8.0; plain 1000, 500, 8.0")
+    assert of_name[f"time of fused, of whole logits: {NAME}"].is_met is is_met
 
 
 def test_only_zero_3_is_promised_anything() -> None:
@@ -76,6 +80,8 @@ def test_operations_of_the_passes() -> None:
     assert sum(counted[PLAIN].values()) == 6 * blocks + 4 * sum(logits.values())
     assert sum(counted[WHOLE].values()) == 6 * blocks + 3 * sum(logits.values())
     assert 0 < sum(counted[FUSED].values()) / sum(counted[PLAIN].values()) - 1 < 0.001
+    model = model_flops(SHARES[NAME])
+    assert model[PLAIN] == model[WHOLE] == sum(counted[WHOLE].values()) < model[FUSED] < sum(counted[FUSED].values())
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

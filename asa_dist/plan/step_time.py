@@ -4,7 +4,8 @@ A collective over N ranks moves S bytes in a ring of N − 1 hops:
 
     seconds(S, messages) = messages·(N − 1)·α + S·(N − 1)/N / β
 
-    stage 3     per micro-batch: all-gather for the forward, again for the backward, reduce-scatter of gradients
+    stage 3     per micro-batch: all-gather for the forward, reduce-scatter of gradients, and for the backward another
+                all-gather of what DeepSpeed has not kept, of at most 10⁹ parameters (``memory.LIVE_PARAMETERS``)
     stage 2     per micro-batch: reduce of gradients;  per step: all-gather of the new weights
     stage 1     per step: both
     stage 0     per step: all-reduce = reduce-scatter + all-gather
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from asa_dist.config import Config
 from asa_dist.plan import flops
 from asa_dist.plan.machine import Machine
-from asa_dist.plan.memory import REDUCE_BUCKET_ELEMENTS, activations
+from asa_dist.plan.memory import LIVE_PARAMETERS, REDUCE_BUCKET_ELEMENTS, activations
 from asa_dist.plan.shape import BYTES_OF, Trunk, Work, count_parameters, trunk_of, work_of
 
 GATHERS_PER_LAYER = 9  # matrices and norms, each a module that DeepSpeed fetches by itself
@@ -150,14 +151,16 @@ def collective_seconds(config: Config, machine: Machine, trunk: Trunk, work: Wor
     """Of ZeRO, per step, as if nothing else ran."""
     if work.num_ranks == 1:
         return 0.0
-    whole = BYTES_OF[config.model.dtype] * sum(count_parameters(config).values())
-    buckets = -(-sum(count_parameters(config).values()) // REDUCE_BUCKET_ELEMENTS)
+    num_parameters = sum(count_parameters(config).values())
+    whole = BYTES_OF[config.model.dtype] * num_parameters
+    buckets = -(-num_parameters // REDUCE_BUCKET_ELEMENTS)
     layers = trunk.num_layers * GATHERS_PER_LAYER
+    again = max(0.0, 1 - LIVE_PARAMETERS / num_parameters)  # gathered a second time
     of_micro_batch, of_step = {  # (bytes, messages)
         0: ((0, 0), (2 * whole, 2 * buckets)),
         1: ((0, 0), (2 * whole, 2 * buckets)),
         2: ((whole, buckets), (whole, buckets)),
-        3: ((3 * whole, 2 * layers + buckets), (0, 0)),
+        3: (((2 + again) * whole, (1 + again) * layers + buckets), (0, 0)),
     }[config.train.zero_stage]
     num_bytes, messages = (work.micro_batches * a + b for a, b in zip(of_micro_batch, of_step, strict=True))
     others = work.num_ranks - 1

@@ -1,8 +1,8 @@
 """Linear layers in float32 on CPUs, by oneDNN: PyTorch takes it for lower precision alone, and MKL for float32.
 
-Both compute in the same precision. But on CPUs that are not Intel's MKL leaves AVX-512 unused, so that a core of an
-AMD EPYC multiplies at half its speed (benchmarks/peers.py measures whole runs with it and without). Few rows are left
-to MKL, which starts sooner.
+Both compute in the same precision. But on CPUs that are not Intel's MKL leaves AVX-512 unused (what a core's wider
+registers are worth to a whole run: benchmarks/peers.py, "AVX2 only"). Few rows are left to MKL: a step of decoding is
+many small products, and oneDNN prepares each of them.
 
 PyTorch has no public name for the operation (`torch.compile` emits it); setup.py pins the version that this one is of.
 
@@ -51,14 +51,19 @@ class _Linear(torch.autograd.Function):
         return d_x_NI, d_weight_OI, d_flat_NO.sum(dim=0) if needs_bias else None
 
 
+def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """As ``functional.linear``; by oneDNN, and once differentiable, where :func:`takes_onednn` says so."""
+    if takes_onednn(x_NI, weight_OI):
+        out_NO: Tensor = _Linear.apply(x_NI, weight_OI, bias_O)
+        return out_NO
+    return nn.functional.linear(x_NI, weight_OI, bias_O)
+
+
 class CpuLinear(nn.Linear):
-    """``nn.Linear``; by oneDNN, and once differentiable, where :func:`takes_onednn` says so."""
+    """``nn.Linear`` by :func:`linear`."""
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        if takes_onednn(x_NI, self.weight):
-            out_NO: Tensor = _Linear.apply(x_NI, self.weight, self.bias)
-            return out_NO
-        return super().forward(x_NI)
+        return linear(x_NI, self.weight, self.bias)
 
 
 def use_cpu_linear(model: nn.Module) -> None:

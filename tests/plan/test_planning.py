@@ -98,8 +98,9 @@ def test_collectives_follow_the_alpha_beta_model() -> None:
     config = config_of(LARGE)
     free_hops = dataclasses.replace(H100, assumptions=ASSUMED | {"hop_seconds": 0.0})
     seconds = collective_seconds(config, free_hops, trunk_of(config), work_of(config), 1)
-    whole = 2 * sum(count_parameters(config).values())
-    assert seconds == pytest.approx(8 * 3 * whole * 3 / 4 / (450e9 * 0.8))  # 8 micro-batches, 4 ranks, one node
+    num_parameters = sum(count_parameters(config).values())
+    moved = 2 * (3 * num_parameters - 10**9)  # in bfloat16; of the second all-gather DeepSpeed keeps so many
+    assert seconds == pytest.approx(8 * moved * 3 / 4 / (450e9 * 0.8))  # 8 micro-batches, 4 ranks, one node
     assert collective_seconds(config, H100, trunk_of(config), work_of(config), 1) > seconds
 
 
