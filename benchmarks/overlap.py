@@ -37,7 +37,9 @@ from overlap_blocks import (
     TRAINER_CORE,
     WORKER_CORE,
     Block,
+    Tried,
     calibrate,
+    most_balanced,
     run_block,
     train_alone_seconds,
     train_and_rollout_seconds,
@@ -108,10 +110,11 @@ def ratios_of(rounds: Sequence[Round]) -> list[Ratio]:
                     why=f"train {train:.3f} s, rollout {rollout:.3f} s: choose --rows")]
     for age in rounds[0]:
         walls = [of_round[age].wall_seconds for of_round in rounds]
+        mean_age = statistics.median(of_round[age].policy_age for of_round in rounds)
         found.append(_ratio(
             f"age {age}", [wall / max(both) for wall, both in zip(walls, alone, strict=True)], BASELINE,
             target=TARGET_RATIO if age == PROMISED_AGE else None, limit=1.0 if age else None,
-            why=where_it_goes(rounds, age)))
+            why=where_it_goes(rounds, age) if age == PROMISED_AGE else f"mean age {mean_age:.2f}"))
         if age:
             found.append(_ratio(
                 f"age {age}, against taking turns",
@@ -123,7 +126,7 @@ def ratios_of(rounds: Sequence[Round]) -> list[Ratio]:
 def _ratio(name: str, values: Sequence[float], baseline: str, why: str = "", **keywords: Any) -> Ratio:
     ratio = Ratio(name, round(statistics.median(values), 3), baseline, lowest=round(min(values), 3),
                   highest=round(max(values), 3), **keywords)
-    return Ratio(**{**asdict(ratio), "why": why}) if ratio.is_met is False else ratio
+    return ratio if ratio.is_met else replace(ratio, why=why)
 
 
 def where_it_goes(rounds: Sequence[Round], age: int) -> str:
@@ -137,11 +140,13 @@ def where_it_goes(rounds: Sequence[Round], age: int) -> str:
             f"{TRAINER_CORE}, all others share core {WORKER_CORE}; it waits {wait:.3f} s per step")
 
 
-def measurements(rounds: Sequence[Round]) -> dict[str, Any]:
+def measurements(rounds: Sequence[Round], tried: Tried) -> dict[str, Any]:
     alone = [train_and_rollout_seconds(of_round[0]) for of_round in rounds]
     return {
         "alone_seconds": {"train": [round(train, 5) for train, _ in alone],
                           "rollout": [round(rollout, 5) for _, rollout in alone]},
+        "calibration": {rows: {"train_seconds": train, "rollout_seconds": rollout}
+                        for rows, (train, rollout) in tried.items()},
         "blocks": [[asdict(block) for block in of_round.values()] for of_round in rounds],
     }
 
@@ -178,12 +183,13 @@ def main() -> int:
         return learn(options.work, options.seeds, options.overrides, options.out)
     progress, size = Progress(), SIZES[options.size]
     overrides = (*size.overrides, *options.overrides)
-    rows = options.rows or FIRST_ROWS
+    rows, tried = options.rows or FIRST_ROWS, {}
     if options.rows is None and size.calibrations:
-        rows = calibrate(size.calibrations, size.steps, size.warm_steps, overrides, progress)
+        tried = calibrate(size.calibrations, size.steps, size.warm_steps, overrides, progress)
+        rows = most_balanced(tried)
     rounds = measure(size, rows, overrides, progress)
     return write_result(make_result("overlap", options.size, ratios_of(rounds), settings(size, rows, overrides),
-                                    measurements(rounds)), options.out)
+                                    measurements(rounds, tried)), options.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,9 @@ SPARE_STEPS = 8  # trained while processes are looked for, and after the last on
 IDLE_SECONDS, IDLE_SHARE = 2.0, 0.06  # a worker that computes less for so long has made all rollouts
 FIRST_ROWS = 7  # of the corpus per step: what calibrating found on 2 cores of an AMD EPYC, and where it begins
 TRAINER_CORE, WORKER_CORE = 0, 1  # of rank 0; of the worker, and of all else that belongs to the run
+
+
+Tried = dict[int, tuple[float, float]]  # corpus rows per step → seconds of (train, rollout)
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,9 @@ def train_command(run: LiveRun, rows: int, overrides: Sequence[str]) -> list[str
     return ["train", str(CONFIG), *settings, "--run-dir", str(run.run_dir)]
 
 
-def calibrate(most_runs: int, num_steps: int, warm_steps: int, overrides: Sequence[str], progress: Progress) -> int:
-    """Corpus rows per step with which training takes as long as the rollout; the best that was tried."""
-    tried: dict[int, tuple[float, float]] = {}
+def calibrate(most_runs: int, num_steps: int, warm_steps: int, overrides: Sequence[str], progress: Progress) -> Tried:
+    """Approaches the corpus rows with which training takes as long as the rollout."""
+    tried: Tried = {}
     rows = FIRST_ROWS
     while rows not in tried and len(tried) < most_runs:
         with tempfile.TemporaryDirectory(prefix="asa-overlap-") as folder, LiveRun(Path(folder)) as run:
@@ -188,11 +191,15 @@ def calibrate(most_runs: int, num_steps: int, warm_steps: int, overrides: Sequen
         train, rollout = tried[rows] = train_and_rollout_seconds(replace(found, train_alone_seconds=alone))
         progress.say(f"calibrating: {rows} corpus rows: train {train:.3f} s, rollout {rollout:.3f} s")
         rows = balanced_rows(tried)
+    return tried
+
+
+def most_balanced(tried: Tried) -> int:
     return min(tried, key=lambda rows: abs(tried[rows][0] - tried[rows][1]))
 
 
-def balanced_rows(tried: Mapping[int, tuple[float, float]]) -> int:
-    """Where training would take as long as the rollout, by what {rows: (train, rollout)} was tried."""
+def balanced_rows(tried: Tried) -> int:
+    """Where training would take as long as the rollout, by what was tried."""
     trains, rollout = [train for train, _ in tried.values()], statistics.fmean(rollout for _, rollout in tried.values())
     if len(tried) > 1:
         slope, offset = statistics.linear_regression([*tried], trains)

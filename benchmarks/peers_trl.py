@@ -4,7 +4,8 @@
 
 It writes what a run of ours writes, and `peers.py` looks at: RUN/trained.jsonl, a line with every step, and
 RUN/metrics.jsonl, with where its time went. The trainer is TRL's, without what this does not need: float32 without
-checkpointing, the whole batch in one forward, no reference model, a reward that costs nothing; one process, two threads.
+checkpointing, the whole batch in one forward, no reference model, a reward that costs nothing; one process with two
+threads.
 """
 
 from __future__ import annotations

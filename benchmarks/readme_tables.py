@@ -1,6 +1,6 @@
-"""Writes the tables of benchmarks/results/*.json into benchmarks/README.md, between two comments.
+"""Writes the tables of benchmarks/results/*.json into benchmarks/README.md, between two comments, and draws pictures.
 
-    python benchmarks/readme_tables.py            (--check: only says if they are not what the results give)
+    python benchmarks/readme_tables.py            (--check: only says if tables are not what the results give)
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Any
 from bench import promise_of
 from live_run import ROOT
 from results import RESULTS, Ratio, ResultError, ratios_of, read_result
+from results_picture import draw
 
 README = ROOT / "benchmarks/README.md"
 MARKER = "results"
+OWN_PICTURES = ("efficiency", "overlap_learning", "scaling")  # drawn by a script of their own
 HEADER = ("figure", "of", "median (lowest–highest)", "promise", "limit", "", "why")
 
 
 def document(results: Sequence[Mapping[str, Any]]) -> str:
     """What stands between the markers."""
-    return "\n" + "".join(f"{heading(result)}\n\n{table(ratios_of(result))}\n\n" for result in results)
+    return "\n" + "".join(f"{heading(result)}\n\n{picture(result)}{table(ratios_of(result))}\n\n" for result in results)
 
 
 def heading(result: Mapping[str, Any]) -> str:
@@ -32,6 +34,17 @@ def heading(result: Mapping[str, Any]) -> str:
              f"{machine['memory_bytes'] / 2**30:.0f} GiB", f"load {machine['load_1_minute']:g}",
              f"commit {result['commit'] or 'unknown'}", f"size {result['size']}")
     return f"**{result['benchmark']}**: {', '.join(facts)}."
+
+
+def picture(result: Mapping[str, Any]) -> str:
+    name = result["benchmark"]
+    return "" if name in OWN_PICTURES else f"![{name}: figures with spread and promise](results/{name}.svg)\n\n"
+
+
+def draw_pictures(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    for result in results:
+        if result["benchmark"] not in OWN_PICTURES:
+            draw(result, folder / f"{result['benchmark']}.svg")
 
 
 def table(ratios: Sequence[Ratio]) -> str:
@@ -87,7 +100,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something would change")
     options = parser.parse_args()
     try:
-        is_same = write_between(README, MARKER, document(read_results(RESULTS)), only_check=options.check)
+        results = read_results(RESULTS)
+        if not options.check:
+            draw_pictures(results, RESULTS)
+        is_same = write_between(README, MARKER, document(results), only_check=options.check)
     except ResultError as error:
         sys.exit(f"readme_tables: {error}")
     if options.check and not is_same:

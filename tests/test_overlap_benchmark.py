@@ -46,7 +46,8 @@ def test_the_promise_is_of_age_1(seconds: float, is_met: bool) -> None:
     rounds = [{0: SYNCHRONOUS_BLOCK, 1: block(1, seconds, 0.02), 8: block(8, 0.9, 0.4)}]
     of_name = {ratio.name: ratio for ratio in ratios_of(rounds)}
     assert of_name["age 1"].is_met is is_met
-    assert bool(of_name["age 1"].why) is not is_met, "what is missed has a reason, nothing else"
+    assert bool(of_name["age 1"].why) is not is_met, "what is missed has a reason"
+    assert of_name["age 8"].why == "mean age 8.00"
     assert of_name["age 8"].is_met is None and of_name["age 0"].is_met is None
 
 
@@ -69,7 +70,7 @@ def test_an_unbalanced_load_promises_nothing_of_overlap() -> None:
 def test_a_result_is_of_the_schema() -> None:
     rounds = [{0: SYNCHRONOUS_BLOCK, 1: block(1, 0.6, 0.1)}]
     check_result(make_result("overlap", "short", ratios_of(rounds), settings(SIZES["short"], 4, []),
-                             measurements(rounds)))
+                             measurements(rounds, {4: (0.5, 0.4)})))
 
 
 @pytest.mark.parametrize(("tried", "rows"), [

@@ -6,12 +6,14 @@ import argparse
 import json
 import math
 import subprocess
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import results
-from readme_tables import document, read_results, write_between
+from readme_tables import document, draw_pictures, picture, read_results, write_between
 from results import (
     Ratio,
     ResultError,
@@ -23,6 +25,7 @@ from results import (
     read_result,
     write_result,
 )
+from results_picture import MOST_ROWS
 
 KEPT = Ratio("stall", 0.4, "a copy", target=0.5)
 MISSED = Ratio("stall", 0.6, "a copy", target=0.5, why="the copy was warm")
@@ -189,4 +192,19 @@ def test_results_are_named_after_their_benchmark(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_is_whole() -> None:
-    assert all(result["size"] == "full" for result in read_results(results.RESULTS))
+    found = read_results(results.RESULTS)
+    assert all(result["size"] == "full" for result in found)
+    without = [result["benchmark"] for result in found if picture(result) and not (
+        results.RESULTS / f"{result['benchmark']}.svg").exists()]
+    assert without == [], "python benchmarks/readme_tables.py draws them"
+
+
+@pytest.mark.parametrize("num_free", [1, MOST_ROWS])
+def test_a_picture_has_every_figure_or_those_promised(num_free: int, tmp_path: Path) -> None:
+    free = [replace(FREE, name=f"free {number}") for number in range(num_free)]
+    wide = Ratio("stall", 0.0, "a copy", "lower", 0.0, 0.71, 0.5, 0.4)
+    draw_pictures([result_of(wide, *free)], tmp_path)
+    text = (tmp_path / "publish.svg").read_text(encoding="utf-8")
+    ElementTree.fromstring(text)
+    assert "<!-- stall -->" in text, "also a figure of 0, on a logarithmic axis"
+    assert ("<!-- free 0 -->" in text) is (num_free == 1)
