@@ -89,6 +89,27 @@ def _logits(
     return logits_CV
 
 
+def _d_hidden(
+    d_logits_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, scale: float, on_triton: bool
+) -> Tensor:
+    if not on_triton and takes_onednn(d_logits_CV, weight_VH.T):
+        return product(d_logits_CV, weight_VH.T).mul_(scale)
+    d_hidden_CH = torch.zeros_like(hidden_CH, dtype=torch.float32)
+    for rows, weight_BH in _weight_blocks(weight_VH, hidden_CH.dtype):
+        _multiply(d_hidden_CH, d_logits_CV[:, rows], weight_BH, scale, keep=1)
+    return d_hidden_CH
+
+
+def _add_d_weight(
+    d_weight_VH: Tensor, d_logits_CV: Tensor, hidden_CH: Tensor, scale: float, on_triton: bool
+) -> None:
+    is_small = d_weight_VH.shape[1] <= len(d_logits_CV)  # beside the chunk's logits
+    if not on_triton and is_small and takes_onednn(d_logits_CV.T, hidden_CH.T):
+        d_weight_VH.add_(product(d_logits_CV.T, hidden_CH.T), alpha=scale)
+    else:
+        _multiply(d_weight_VH, d_logits_CV.T, hidden_CH, scale, keep=1)
+
+
 # ---- What happens to a chunk's logits, in PyTorch ----
 
 
@@ -323,11 +344,9 @@ class _TokenLogprob(torch.autograd.Function):
                 _triton_backward(logits_CV, *given, dtype) if ctx.on_triton else _torch_backward(logits_CV, *given)
             )
             if d_weight_VH is not None:
-                _multiply(d_weight_VH, d_logits_CV.T, hidden_CH, scale, keep=1)
+                _add_d_weight(d_weight_VH, d_logits_CV, hidden_CH, scale, ctx.on_triton)
             if d_hidden_NH is not None:
-                d_hidden_CH = torch.zeros_like(hidden_CH, dtype=torch.float32)
-                for rows, weight_BH in _weight_blocks(weight_VH, dtype):
-                    _multiply(d_hidden_CH, d_logits_CV[:, rows], weight_BH, scale, keep=1)
+                d_hidden_CH = _d_hidden(d_logits_CV, hidden_CH, weight_VH, scale, ctx.on_triton)
                 d_hidden_NH[token_M[chunk]] = d_hidden_CH.to(hidden_NH.dtype)
             del d_logits_CV  # before the next chunk's exists
 
