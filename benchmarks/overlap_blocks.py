@@ -26,7 +26,7 @@ SETTINGS = (
 )
 SPARE_STEPS = 8  # trained while processes are looked for, and after the last one that counts
 IDLE_SECONDS, IDLE_SHARE = 2.0, 0.06  # a worker that computes less for so long has made all rollouts
-FIRST_ROWS = 7  # of the corpus per step: what calibrating found on 2 cores of an AMD EPYC, and where it begins
+FIRST_ROWS = 11  # of the corpus per step: what calibrating found on 2 cores of an AMD EPYC, and where it begins
 TRAINER_CORE, WORKER_CORE = 0, 1  # of rank 0; of the worker, and of all else that belongs to the run
 
 
