@@ -122,7 +122,7 @@ def work_of(config: Config) -> Work:
     corpus_rows = train.corpus_rows_per_step // num_batches
     answers = rollout.prompts_per_step // num_batches * rollout.responses_per_prompt
     prompts_per_worker = rollout.prompts_per_step / rollout.workers
-    has_one_lease = rollout.engine == "vllm" or rollout.groups_per_lease is None
+    groups_at_a_time = prompts_per_worker if rollout.engine == "vllm" else rollout.groups_per_lease or prompts_per_worker
     per_row = row_tokens // (rollout.max_prompt_tokens + rollout.max_new_tokens)
     return Work(
         num_ranks=config.num_ranks,
@@ -134,7 +134,7 @@ def work_of(config: Config) -> Work:
         scored_tokens=corpus_rows * row_tokens + answers * rollout.max_new_tokens,
         prompts_per_worker=prompts_per_worker,
         answers_per_worker=prompts_per_worker * rollout.responses_per_prompt,
-        leases_per_worker=1.0 if has_one_lease else max(1.0, prompts_per_worker / rollout.groups_per_lease),
+        leases_per_worker=max(1.0, prompts_per_worker / groups_at_a_time),
         prompt_tokens=rollout.max_prompt_tokens,
         new_tokens=rollout.max_new_tokens,
     )
