@@ -122,7 +122,8 @@ def work_of(config: Config) -> Work:
     corpus_rows = train.corpus_rows_per_step // num_batches
     answers = rollout.prompts_per_step // num_batches * rollout.responses_per_prompt
     prompts_per_worker = rollout.prompts_per_step / rollout.workers
-    groups_at_a_time = prompts_per_worker if rollout.engine == "vllm" else rollout.groups_per_lease or prompts_per_worker
+    of_lease = rollout.groups_per_lease or prompts_per_worker
+    groups_at_a_time = prompts_per_worker if rollout.engine == "vllm" else of_lease
     per_row = row_tokens // (rollout.max_prompt_tokens + rollout.max_new_tokens)
     return Work(
         num_ranks=config.num_ranks,
