@@ -30,6 +30,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "asa-dist"  # the same JSON, the same file
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     ratios = drawn(ratios_of(result))
     height = MARGIN_INCHES + ROW_INCHES * len(ratios)
@@ -38,6 +39,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         _row(axes, place, ratio)
     axes.set(xscale="log", ylim=(len(ratios) - 0.4, -0.6), xlabel="measured / baseline",
              title=f"{result['benchmark']}, {result['date'][:10]}")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=range(1, 10) if high < 10 * low else (1,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(ratios)), [ratio.name for ratio in ratios], fontsize="x-small")
     axes.grid(axis="x", which="major", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
