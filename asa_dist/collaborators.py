@@ -169,7 +169,7 @@ class StepProfiler:
             self._trace.start()
             self._start_ns = time.time_ns()
             if self._placement.rank == 0:
-                begin_recording(self._folder)
+                self._begin_recording()
         if self._trace is None:
             yield
             return
@@ -178,6 +178,12 @@ class StepProfiler:
         if step == self._last:
             self._write(self._trace)
             self._trace = None
+
+    def _begin_recording(self) -> None:
+        try:
+            begin_recording(self._folder)
+        except OSError as error:  # a full disk: not worth a run
+            self._recorder.say(f"asa: warning: {self._folder}: workers are not recorded: {error}")
 
     def _write(self, trace: RankTrace) -> None:
         """Every rank its part, then rank 0 all of them. What cannot be written costs the trace, not the run."""
@@ -189,16 +195,17 @@ class StepProfiler:
         failed = any(self._engine.max_over_ranks([bool(problem)]))
         if self._placement.rank > 0:
             return
+        parts = [self._part(rank) for rank in range(self._placement.num_ranks)]
         try:
             if failed:
                 raise OSError(problem or "another rank could not write its part")
-            parts = [self._part(rank) for rank in range(self._placement.num_ranks)]
             write_trace(parts, end_recording(self._folder), self._start_ns, path)
-            for part in parts:
-                part.unlink()
             self._recorder.say(f"asa: steps {self._first} to {self._last} are in {path}: open it in ui.perfetto.dev")
         except OSError as error:
             self._recorder.say(f"asa: warning: {path} could not be written: {error}")
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
 
     def _part(self, rank: int) -> Path:
         return self._folder / f"part-rank-{rank}.json"
