@@ -5,8 +5,8 @@
     python benchmarks/bench.py --full --out benchmarks/results
 
 Each is a process of its own, ended with all that it started when its deadline has passed; the others still run. Results
-are FOLDER/NAME.json. Exit code 1 if one did not run, or its result is not of the schema; with --full also if a promise
-was not kept, which otherwise is a mark in the table.
+are FOLDER/NAME.json, and FOLDER/NAME.svg as pictures. Exit code 1 if one did not run, or its result is not of the
+schema; with --full also if a promise was not kept, which otherwise is a mark in the table.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 from live_run import ROOT, Progress
 from results import Ratio, ResultError, ratios_of, read_result
+from results_picture import draw
 
 HERE = Path(__file__).parent
 MARK_VARIABLE = "ASA_BENCHMARK_MARK"  # in the environment of all that a benchmark starts, other sessions too
@@ -206,7 +207,12 @@ def main() -> int:
     chosen, lacks = choose(options.only)
     for name, lack in lacks.items():
         progress.say(f"without {name}: {lack}")
-    outcomes = run_all(chosen, options.size, options.out.resolve(), progress)
+    folder = options.out.resolve()
+    outcomes = run_all(chosen, options.size, folder, progress)
+    for name, outcome in outcomes.items():
+        if outcome.result is not None:
+            draw(outcome.result, folder / f"{name}.svg")
+    progress.say(f"results and pictures: {folder}")
     print(table(outcomes))
     return exit_code(outcomes, options.size)
 

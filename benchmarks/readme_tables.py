@@ -19,7 +19,6 @@ from results_picture import draw
 
 README = ROOT / "benchmarks/README.md"
 MARKER = "results"
-OWN_PICTURES = ("efficiency", "overlap_learning", "scaling")  # drawn by a script of their own
 HEADER = ("figure", "of", "median (lowest–highest)", "promise", "limit", "", "why")
 
 
@@ -38,13 +37,12 @@ def heading(result: Mapping[str, Any]) -> str:
 
 def picture(result: Mapping[str, Any]) -> str:
     name = result["benchmark"]
-    return "" if name in OWN_PICTURES else f"![{name}: figures with spread and promise](results/{name}.svg)\n\n"
+    return f"![{name}: figures with spread and promise](results/{name}.svg)\n\n"
 
 
 def draw_pictures(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
     for result in results:
-        if result["benchmark"] not in OWN_PICTURES:
-            draw(result, folder / f"{result['benchmark']}.svg")
+        draw(result, folder / f"{result['benchmark']}.svg")
 
 
 def table(ratios: Sequence[Ratio]) -> str:
