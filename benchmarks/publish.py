@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import signal
 import statistics
@@ -37,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,13 @@ def ratios_of_case(name: str, measured: Mapping[str, Any]) -> list[Ratio]:
 def explained(ratio: Ratio, measured: Mapping[str, Any]) -> Ratio:
     if ratio.is_met is not False:
         return ratio
-    spent = ", ".join(f"{way} {1000 * median_of(measured, way):.2f}" for way in (OURS, MEMCPY, PER_PARAMETER))
-    memory = measured["memory"][OURS]
-    why = (f"ms: {spent}; {measured['tensors']} tensors; extra MB: {memory['own_bytes'] / 1e6:.1f} own, "
-           f"{memory['shared_bytes'] / 1e6:.1f} in Ray's store, of a shard of {measured['shard_bytes'] / 1e6:.1f}. "
-           f"{TRIED}")
-    return Ratio(**{**asdict(ratio), "why": why})
+    if ratio.name.startswith("extra memory"):
+        shard, extra = measured["shard_bytes"], measured["memory"][OURS]["all_bytes"]
+        why = f"{(extra - shard) / mmap.PAGESIZE:.0f} pages more than the shard's {shard / mmap.PAGESIZE:.0f}"
+    else:
+        spent = ", ".join(f"{way} {1000 * median_of(measured, way):.2f}" for way in (OURS, MEMCPY, PER_PARAMETER))
+        why = f"ms: {spent}; {measured['tensors']} tensors. {TRIED}"
+    return replace(ratio, why=why)
 
 
 # --- the program ------------------------------------------------------------------------------------------------

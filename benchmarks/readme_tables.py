@@ -42,6 +42,8 @@ def picture(result: Mapping[str, Any]) -> str:
 
 def draw_pictures(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
     for result in results:
+        if result["benchmark"] == "overlap_learning":
+            continue  # curves: it draws them itself
         draw(result, folder / f"{result['benchmark']}.svg")
 
 
