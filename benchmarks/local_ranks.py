@@ -65,6 +65,7 @@ def _rank_main(rank: int, num_ranks: int, port: int, folder: Path, module: str, 
     join_process_group(placement, collective_seconds)
     measured = importlib.import_module(module).measure_on_rank(placement, *arguments)
     (folder / f"{rank}.json").write_text(json.dumps(measured), encoding="utf-8")
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
 
 
 def core_of_rank(rank: int) -> int:

@@ -156,12 +156,13 @@ def measured_seconds(rows: Sequence[Mapping[str, float]]) -> Seconds:
 
 def measure(size: Size, progress: Progress) -> dict[str, list[Turn]]:
     turns: dict[str, list[Turn]] = {case: [] for case in size.cases}
+    started = progress.seconds
     for number in range(size.rounds):
         for index, case in enumerate(size.cases):
             found = plan(case, size)
             turns[case].append(Turn(planned_seconds(found), run(case, size), found["machine"]["measured"]))
             turn, done = turns[case][-1], number * len(size.cases) + index + 1
-            left_minutes = progress.seconds / done * (size.rounds * len(size.cases) - done) / 60
+            left_minutes = (progress.seconds - started) / done * (size.rounds * len(size.cases) - done) / 60
             progress.say(f"{case}: planned {turn.planned['step']:.3f} s, measured {turn.measured['step']:.3f} s per "
                          f"step; about {left_minutes:.0f} minutes left")
     return turns
@@ -227,9 +228,9 @@ def main() -> int:
     from planner_bytes import measure_bytes
 
     progress, size = Progress(), SIZES[options.size]
-    turns = measure(size, progress)
     held = {case: Bytes(*measure_bytes(CONFIG, overrides_of(case, size))) for case in size.cases}
     progress.say("bytes by part: done")
+    turns = measure(size, progress)
     return write_result(make_result("planner", options.size, ratios_of(turns, held), settings(size),
                                     measurements(turns, held)), options.out)
 
