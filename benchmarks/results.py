@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -183,4 +184,18 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--short", dest="size", action="store_const", const="short", help="fewer cases and turns")
     sizes.add_argument("--smoke", dest="size", action="store_const", const="smoke", help="does it run? no promise")
     parser.set_defaults(size="full")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="for the JSON line, too")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="for the JSON line, too")
+
+
+def output_file(text: str) -> Path:
+    """
+    Raises:
+        argparse.ArgumentTypeError: nothing can be written there.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path}: nothing can be written in {existing}")
+    return path

@@ -148,6 +148,19 @@ def test_sizes(arguments: list[str], size: str) -> None:
         parser.parse_args(["--short", "--smoke"])
 
 
+def test_a_result_that_could_not_be_written_is_an_error_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_sizes(parser)
+    (tmp_path / "file").touch()
+    assert parser.parse_args(["--out", str(tmp_path / "new/it.json")]).out == tmp_path / "new/it.json"
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file/it.json", "nothing can be written in")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--out", str(path)])
+        assert message in capsys.readouterr().err
+
+
 # --- in the README ----------------------------------------------------------------------------------------------------
 def test_a_row_says_of_what_and_whether_the_promise_was_kept() -> None:
     ratios = [
