@@ -7,7 +7,7 @@ OVERRIDES ?=
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap step planner scaling publish rollout peers clean
+.PHONY: help quickstart test lint test-cluster faults chaos alignment udasa kernels bench bench-tables overlap learning step planner scaling publish rollout peers clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench-tables: $(INSTALLED)  ## benchmarks/results/*.json as tables in benchmarks
 
 overlap: $(INSTALLED)  ## a step at max_policy_age 0, 1, 2, 4, 8 beside the longer of train and rollout; an idle machine, half an hour
 	$(VENV)/bin/python benchmarks/overlap.py --out benchmarks/results/overlap.json
+
+learning: $(INSTALLED)  ## what staleness costs in learning, one seed; an idle machine, half an hour
+	$(VENV)/bin/python benchmarks/overlap.py --learning --seeds 1 --work runs/learning --out benchmarks/results/overlap_learning.json
 
 step: $(INSTALLED)  ## the fused step beside a plain language-model step and beside separate passes; an idle machine
 	$(VENV)/bin/python benchmarks/step.py --out benchmarks/results/step.json
