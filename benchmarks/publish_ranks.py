@@ -6,6 +6,7 @@ more process (`receive`), which keeps a whole copy of the weights, as an inferen
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import threading
@@ -78,6 +79,7 @@ class Publisher:
         self._parameters = [p for part, _, p in named_parts(self.engine.engine.module) if part == PSI]
         specs = tensor_specs(self.engine.generator_shapes, placement.num_ranks)
         self.shard_bytes = shard_num_bytes(specs, case.dtype)
+        ctypes.CDLL(None).malloc_trim(0)  # else the buffers may take freed memory, which is resident still
         before = resident_bytes()["own_bytes"]
         self.client = RolloutClient(run_name, placement.rank, placement.num_ranks, self.engine.generator_shapes,
                                     case.dtype, TIMEOUT_SECONDS)

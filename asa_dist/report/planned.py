@@ -62,11 +62,10 @@ def planned_section(run: RunFiles) -> str:
 def compared(planned: float, measured: float) -> str:
     if measured <= 0 or planned <= 0:
         return f"A step took {measured:.3g} s; the plan had expected {planned:.3g} s"
-    times = max(measured / planned, planned / measured)
-    if times < 1.005:
+    ratio = measured / planned
+    if abs(ratio - 1) < 0.005:
         return f"A step took {measured:.3g} s, as the plan had expected"
-    which = "more" if measured > planned else "less"
-    return f"A step took {measured:.3g} s, {times:.2f} times {which} than the plan had expected"
+    return f"A step took {measured:.3g} s, {ratio:.2f} of what the plan had expected"
 
 
 def mean_seconds(run: RunFiles, keys: Sequence[str]) -> float:

@@ -29,7 +29,7 @@ def planned_run(folder: Path, machine: str = "this", **seconds: Any) -> Path:
 
 def test_planned_stands_beside_measured(tmp_path: Path) -> None:
     text = planned_section(read_run(planned_run(tmp_path / "run")))
-    assert "A step took 0.5 s, 10.00 times less than the plan had expected (asa plan, as this machine" in text
+    assert "A step took 0.5 s, 0.10 of what the plan had expected (asa plan, as this machine" in text
     assert "<td class=key>compute</td><td class=number>3.500</td><td class=number>8.250</td>" in text
     assert "<td class=key>rollout wait</td><td class=number>0.250</td><td class=number>0.500</td>" in text
 
@@ -63,6 +63,6 @@ def test_what_a_plan_keeps_is_what_the_report_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("planned", "measured", "said"), [
-    (2.0, 1.0, "2.00 times less"), (1.0, 2.0, "2.00 times more"), (1.0, 1.001, "as the plan had")])
+    (2.0, 1.0, "0.50 of what the plan"), (1.0, 2.0, "2.00 of what the plan"), (1.0, 1.001, "as the plan had")])
 def test_the_comparison(planned: float, measured: float, said: str) -> None:
     assert said in compared(planned, measured)
