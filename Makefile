@@ -27,7 +27,7 @@ lint: $(INSTALLED)  ## style, types, layers, shell scripts
 test-cluster: $(INSTALLED)  ## several hosts in namespaces, SLURM and ssh, faults too: root, `bash tests/cluster/install.sh`; 25 minutes
 	$(VENV)/bin/python -m pytest tests/cluster --long --durations=20
 
-faults: $(INSTALLED)  ## every fault test, also those that CI has no time for, about 15 minutes
+faults: $(INSTALLED)  ## every fault test, also those that CI has no time for
 	$(VENV)/bin/python -m pytest tests/faults --long --kill-points 9
 
 chaos: $(INSTALLED)  ## 20 random kills of a run's processes, about half an hour: nothing lost, nothing repeated
