@@ -12,7 +12,7 @@ With m_n = max_v x_nv, s_n = Σ_v exp(x_nv − m_n) and a_n = Σ_v (x_nv − m_n
 Rows are taken ``chunk_tokens`` at a time, and the backward pass computes a chunk's logits again instead of keeping
 them: beside the gradients themselves, one float32 tensor of chunk_tokens · V elements exists, and in Triton with
 low-precision inputs one of their dtype. The weight's gradient is summed in float32: for a low-precision weight that
-sum, [V, H], exists too, and at the end beside the gradient that is made of it; on a CPU a chunk's share of it does, too,
+sum, [V, H], exists too, and at the end beside the gradient that is made of it; on a CPU a chunk's share of it, too,
 where that is no larger than the chunk's logits. The temperature is the scale of the matrix products. Beside those, the
 kernels read a logit once (4 bytes) in either pass, and write its gradient once: 4 bytes, in its place, or 2 in low
 precision.
