@@ -89,6 +89,8 @@ class ShardBuffer:
     """Two preallocated host buffers for one rank's shard: one is filled while the other is being published.
 
     Pinned where CUDA is available. The caller makes sure that publishing has ended before the copy after the next.
+    Pieces that follow each other in memory, as ZeRO-3's do, are one copy; which ones do is found once, and again
+    whenever a piece lies elsewhere.
     """
 
     def __init__(self, tensors: Sequence[TensorSpec], dtype: str, rank: int) -> None:
@@ -99,13 +101,8 @@ class ShardBuffer:
         pinned = torch.cuda.is_available()
         # Zeroed once: what is padding is never written. And touched now, not within the first publications.
         self._slots = [torch.empty(numel, dtype=self._dtype, pin_memory=pinned).zero_() for _ in range(2)]
-        self._places = [list(self._places_in(slot)) for slot in self._slots]
-
-    def _places_in(self, slot: Tensor) -> Iterator[Tensor]:
-        """Of every tensor's piece, without its padding: made once, so that copying is little else than copying."""
-        padded = slot.split([spec.shard_numel for spec in self._tensors])
-        for spec, place in zip(self._tensors, padded, strict=True):
-            yield place[:max(spec.numel - self._rank * spec.shard_numel, 0)]
+        self._layout: list[tuple[object, ...]] = []  # where the pieces lay that were copied last
+        self._copies: list[list[tuple[Tensor, Tensor]]] = [[], []]  # from them into each slot: (source, place)
 
     def copy_in(self, version: int, pieces: Iterable[Tensor]) -> np.ndarray:
         """Copies this rank's pieces; the only moment publishing takes from training.
@@ -122,26 +119,57 @@ class ShardBuffer:
         Raises:
             ValueError: too few or too many pieces, a wrong length or dtype; names the tensor.
         """
-        slot, places = self._slots[0], self._places[0]
-        with torch.no_grad():
-            for spec, place, piece in zip(self._tensors, places, self._as_many(pieces), strict=True):
-                numel, length = piece.numel(), place.numel()
-                if piece.dtype != self._dtype or piece.dim() != 1 or numel not in (length, spec.shard_numel):
-                    raise ValueError(f"version {version}, rank {self._rank}'s piece of {spec.name}: {piece.dtype} "
-                                     f"{tuple(piece.shape)}, expected {self._dtype} ({length},), or "
-                                     f"({spec.shard_numel},) with padding")
-                place.copy_(piece if numel == length else piece[:length], non_blocking=True)
+        found = list(pieces)
+        layout: list[tuple[object, ...]] = [(p.data_ptr(), p.shape, p.stride(), p.dtype) for p in found]
+        if layout != self._layout:
+            joined = self._joined(version, found)
+            self._copies = [[(source, slot[start:start + source.numel()]) for source, start in joined]
+                            for slot in self._slots]
+            self._layout = layout
+        slot = self._slots[0]
+        for source, place in self._copies[0]:
+            place.copy_(source, non_blocking=True)
         if slot.is_pinned():
             torch.cuda.synchronize()  # the copies were only enqueued
         self._slots.reverse()
-        self._places.reverse()
+        self._copies.reverse()
         return slot.view(torch.uint8).numpy()
 
-    def _as_many(self, pieces: Iterable[Tensor]) -> list[Tensor]:
-        found = list(pieces)
-        if len(found) > len(self._tensors):
+    def _joined(self, version: int, pieces: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+        """What is to be copied, without padding, and where in the shard it begins."""
+        self._check(version, pieces)
+        joined: list[tuple[Tensor, int]] = []
+        begin = 0
+        for spec, piece in zip(self._tensors, pieces, strict=True):
+            source = piece.detach()[:self._length(spec)]
+            if joined and begin == joined[-1][1] + joined[-1][0].numel() and _follows(source, joined[-1][0]):
+                before, start = joined.pop()
+                joined.append((before.as_strided((before.numel() + source.numel(),), (1,)), start))
+            else:
+                joined.append((source, begin))
+            begin += spec.shard_numel
+        return joined
+
+    def _check(self, version: int, pieces: Sequence[Tensor]) -> None:
+        if len(pieces) > len(self._tensors):
             raise ValueError(f"more pieces than the manifest's {len(self._tensors)} tensors")
-        if len(found) < len(self._tensors):
-            raise ValueError(f"{len(found)} pieces for the manifest's {len(self._tensors)} tensors: "
-                             f"the first one missing is {self._tensors[len(found)].name}")
-        return found
+        if len(pieces) < len(self._tensors):
+            raise ValueError(f"{len(pieces)} pieces for the manifest's {len(self._tensors)} tensors: "
+                             f"the first one missing is {self._tensors[len(pieces)].name}")
+        for spec, piece in zip(self._tensors, pieces, strict=True):
+            length = self._length(spec)
+            if piece.dtype != self._dtype or piece.dim() != 1 or piece.numel() not in (length, spec.shard_numel):
+                raise ValueError(f"version {version}, rank {self._rank}'s piece of {spec.name}: {piece.dtype} "
+                                 f"{tuple(piece.shape)}, expected {self._dtype} ({length},), or "
+                                 f"({spec.shard_numel},) with padding")
+
+    def _length(self, spec: TensorSpec) -> int:
+        """Of this rank's piece of a tensor, without padding."""
+        return min(max(spec.numel - self._rank * spec.shard_numel, 0), spec.shard_numel)
+
+
+def _follows(piece: Tensor, before: Tensor) -> bool:
+    """Whether a flat tensor begins where another one ends."""
+    return (piece.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+            and piece.is_contiguous() and before.is_contiguous()
+            and piece.storage_offset() == before.storage_offset() + before.numel())
