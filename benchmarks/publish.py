@@ -67,10 +67,10 @@ CASE_SECONDS = 1200.0
 RANKS_SECONDS = 1100.0  # of it; then their case says so itself
 GRACE_SECONDS = 30.0
 TRIED = (
-    "Looking where every tensor lies, and waking the thread that publishes, cost a fixed part of a millisecond more than "
-    "one memcpy, which counts where that takes less than one; ranks beyond the cores wait for each other, too. Tried: "
-    "neighbours in memory as one copy, which is kept; torch._foreach_copy_, torch.cat(out=), cheaper checks, without "
-    "gain")
+    "Looking where every tensor lies, and waking the thread that publishes, cost a fixed part of a millisecond more "
+    "than one memcpy, which counts where that takes less than one; ranks beyond the cores wait for each other, too. "
+    "Tried: neighbours in memory as one copy, which is kept; torch._foreach_copy_, torch.cat(out=), cheaper checks, "
+    "without gain")
 NETWORK = """ip link set lo up
 tc qdisc add dev lo root tbf rate {rate}bit burst 256kb latency 500ms
 exec "$@"
