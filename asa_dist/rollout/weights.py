@@ -98,9 +98,10 @@ class ShardBuffer:
         self._dtype = DTYPES[dtype]
         self._rank = rank
         numel = sum(spec.shard_numel for spec in self._tensors)
-        pinned = torch.cuda.is_available()
+        self._pinned = torch.cuda.is_available()
         # Zeroed once: what is padding is never written. And touched now, not within the first publications.
-        self._slots = [torch.empty(numel, dtype=self._dtype, pin_memory=pinned).zero_() for _ in range(2)]
+        self._slots = [torch.empty(numel, dtype=self._dtype, pin_memory=self._pinned).zero_() for _ in range(2)]
+        self._shards = [slot.view(torch.uint8).numpy() for slot in self._slots]
         self._layout: list[tuple[object, ...]] = []  # where the pieces lay that were copied last
         self._copies: list[list[tuple[Tensor, Tensor]]] = [[], []]  # from them into each slot: (source, place)
 
@@ -126,14 +127,13 @@ class ShardBuffer:
             self._copies = [[(source, slot[start:start + source.numel()]) for source, start in joined]
                             for slot in self._slots]
             self._layout = layout
-        slot = self._slots[0]
         for source, place in self._copies[0]:
             place.copy_(source, non_blocking=True)
-        if slot.is_pinned():
+        if self._pinned:
             torch.cuda.synchronize()  # the copies were only enqueued
-        self._slots.reverse()
-        self._copies.reverse()
-        return slot.view(torch.uint8).numpy()
+        for of_slots in (self._slots, self._shards, self._copies):
+            of_slots.reverse()
+        return self._shards[-1]
 
     def _joined(self, version: int, pieces: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
         """What is to be copied, without padding, and where in the shard it begins."""
