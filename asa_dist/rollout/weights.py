@@ -102,7 +102,7 @@ class ShardBuffer:
         # Zeroed once: what is padding is never written. And touched now, not within the first publications.
         self._slots = [torch.empty(numel, dtype=self._dtype, pin_memory=self._pinned).zero_() for _ in range(2)]
         self._shards = [slot.view(torch.uint8).numpy() for slot in self._slots]
-        self._layout: list[tuple[object, ...]] = []  # where the pieces lay that were copied last
+        self._layout: list[tuple[object, ...]] | None = None  # where the pieces lay that were copied last
         self._copies: list[list[tuple[Tensor, Tensor]]] = [[], []]  # from them into each slot: (source, place)
 
     def copy_in(self, version: int, pieces: Iterable[Tensor]) -> np.ndarray:

@@ -152,6 +152,7 @@ def test_shard_buffer_checks_pieces_that_lie_where_right_ones_lay() -> None:
 
 
 @pytest.mark.parametrize(("pieces", "message"), [
+    ([], "0 pieces for the manifest's 2 tensors: the first one missing is a"),
     ([torch.zeros(2)], "1 pieces for the manifest's 2 tensors: the first one missing is b"),
     ([torch.zeros(2), torch.zeros(1), torch.zeros(1)], "more pieces than the manifest's 2 tensors"),
     ([torch.zeros(3), torch.zeros(1)], "piece of a: .* expected torch.float32 .2,."),
