@@ -159,7 +159,7 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
             continue
         is_smoke = outcome.result["size"] == "smoke"
         promised = [one for one in ratios_of(outcome.result) if one.target is not None]
-        lines += [(name, one.name, f"{one.value:.3g}", promise_of(one), "" if is_smoke else kept_or_not(one), seconds)
+        lines += [(name, one.name, f"{one.value:.4g}", promise_of(one), "" if is_smoke else kept_or_not(one), seconds)
                   for one in promised]
         if not promised:
             lines.append((name, "no promise at this size", "", "", "", seconds))
